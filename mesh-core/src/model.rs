@@ -1,0 +1,14 @@
+//! What the mesh is, free of Kubernetes and protobuf. One fragment per file.
+
+pub mod policy;
+pub mod route;
+pub mod service;
+pub mod workload;
+
+pub use policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
+pub use route::{
+    Backend, BackendTarget, HeaderMatch, Listener, PathMatch, RequestMatch, Route, RouteRule, ValueMatch,
+    WaypointConfig,
+};
+pub use service::{LoadBalancing, Service, ServicePort, Visibility};
+pub use workload::{Health, Locality, NetworkMode, PortMap, TunnelProtocol, WaypointRef, Workload};
