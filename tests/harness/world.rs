@@ -1,0 +1,377 @@
+//! A mesh in local mode: the product itself is the harness, there is no second one.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    process::{Command, Output},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, bail};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+use crate::wait;
+
+static WORLDS: AtomicU32 = AtomicU32::new(0);
+
+/// A running local mesh; taken down when dropped.
+pub struct World {
+    name: String,
+    folder: TempDir,
+    meshctl: PathBuf,
+}
+
+/// A pod as `meshctl local status` describes it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Pod {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Node.
+    pub node: String,
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// Addresses.
+    pub ips: Vec<IpAddr>,
+    /// Captured and served.
+    pub enrolled: bool,
+    /// SPIFFE identity.
+    #[serde(default)]
+    pub identity: Option<String>,
+    /// Why it is not as wanted.
+    #[serde(default)]
+    pub why: Option<String>,
+}
+
+/// A node as `meshctl local status` describes it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Node {
+    /// Name.
+    pub name: String,
+    /// Path of its network namespace.
+    pub netns: PathBuf,
+    /// The agent's admin socket.
+    pub admin_socket: PathBuf,
+}
+
+/// A service as `meshctl local status` describes it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Service {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Virtual addresses.
+    pub vips: Vec<IpAddr>,
+}
+
+/// One end of a live connection.
+#[derive(Clone, Debug, Deserialize)]
+pub struct End {
+    /// Address.
+    pub addr: SocketAddr,
+    /// SPIFFE identity, where one was proven.
+    #[serde(default)]
+    pub identity: Option<String>,
+}
+
+/// A live connection as an agent lists it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Connection {
+    /// `outbound` or `inbound`.
+    pub direction: String,
+    /// direct, tunnel, plaintext, passthrough.
+    pub path: String,
+    /// The client's end.
+    pub src: End,
+    /// The server's end.
+    pub dst: End,
+    /// The policy that decided.
+    #[serde(default)]
+    pub policy: Option<String>,
+}
+
+/// `meshctl local status -o json`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    /// Everything written is in force everywhere.
+    pub in_force: bool,
+    /// Nodes.
+    pub nodes: Vec<Node>,
+    /// Pods.
+    pub pods: Vec<Pod>,
+    /// Services.
+    #[serde(default)]
+    pub services: Vec<Service>,
+    /// Problems of the input.
+    #[serde(default)]
+    pub problems: Vec<serde_json::Value>,
+}
+
+/// A family of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// The first address of this family.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn of(self, ips: &[IpAddr]) -> anyhow::Result<IpAddr> {
+        ips.iter()
+            .copied()
+            .find(|ip| ip.is_ipv4() == (self == Self::V4))
+            .with_context(|| format!("no {self:?} address in {ips:?}"))
+    }
+}
+
+impl World {
+    /// Starts a mesh from `files` (name → YAML) and waits until all of it is in force.
+    ///
+    /// # Errors
+    /// When `meshctl local up` fails or the mesh does not come into force.
+    pub fn up(label: &str, files: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("undermesh-test-").tempdir()?;
+        for (name, text) in files {
+            fs::write(folder.path().join(name), text)?;
+        }
+        // The process id tells runs apart, the counter worlds of one run.
+        let name = format!("{label}-{}-{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
+        let world = Self { name, folder, meshctl: program("meshctl")? };
+        let folder = world.folder.path().to_owned();
+        world.meshctl(&["local", "up", &folder.to_string_lossy(), "--name", &world.name])?;
+        world.in_force()?;
+        Ok(world)
+    }
+
+    /// Writes one file of the folder; [`World::in_force`] tells when it holds.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, file: &str, text: &str) -> anyhow::Result<()> {
+        // Renamed into place, so that no half-written file is ever read.
+        let hidden = self.folder.path().join(format!(".{file}.tmp"));
+        fs::write(&hidden, text)?;
+        Ok(fs::rename(hidden, self.folder.path().join(file))?)
+    }
+
+    /// Removes one file of the folder.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn remove(&self, file: &str) -> anyhow::Result<()> {
+        Ok(fs::remove_file(self.folder.path().join(file))?)
+    }
+
+    /// Writes (or removes, when the text is empty) files, then waits until the whole is in force.
+    ///
+    /// # Errors
+    /// When it does not come into force.
+    pub fn apply(&self, files: &[(&str, &str)]) -> anyhow::Result<Status> {
+        for (file, text) in files {
+            if !text.is_empty() {
+                self.write(file, text)?;
+            } else if self.folder.path().join(file).exists() {
+                self.remove(file)?;
+            }
+        }
+        self.in_force()
+    }
+
+    /// Waits until every edit so far is in force everywhere.
+    ///
+    /// # Errors
+    /// When it does not come into force; names what is pending.
+    pub fn in_force(&self) -> anyhow::Result<Status> {
+        wait::until("the mesh to be in force", || {
+            let status = self.status().map_err(|error| format!("{error:#}"))?;
+            if status.in_force { Ok(status) } else { Err(format!("{status:?}")) }
+        })
+    }
+
+    /// The status now.
+    ///
+    /// # Errors
+    /// When `meshctl` fails or answers something else.
+    pub fn status(&self) -> anyhow::Result<Status> {
+        let output = self.meshctl(&["local", "status", "--name", &self.name, "-o", "json"])?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("status: {}", String::from_utf8_lossy(&output.stdout)))
+    }
+
+    /// The pod `namespace/name`; a Deployment's pods are found by their prefix.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn pod(&self, key: &str) -> anyhow::Result<Pod> {
+        let (namespace, name) = key.split_once('/').context("namespace/name")?;
+        let status = self.status()?;
+        let exact = status.pods.iter().find(|pod| pod.namespace == namespace && pod.name == name);
+        let prefix = || {
+            let start = format!("{name}-");
+            status.pods.iter().find(|pod| pod.namespace == namespace && pod.name.starts_with(&start))
+        };
+        exact.or_else(prefix).cloned().with_context(|| format!("no pod {key}"))
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn node(&self, name: &str) -> anyhow::Result<Node> {
+        self.status()?
+            .nodes
+            .into_iter()
+            .find(|node| node.name == name)
+            .with_context(|| format!("no node {name}"))
+    }
+
+    /// A virtual address of the service `namespace/name`.
+    ///
+    /// # Errors
+    /// When there is none of that family.
+    pub fn vip(&self, key: &str, family: Family) -> anyhow::Result<IpAddr> {
+        let status = self.status()?;
+        let service = status
+            .services
+            .iter()
+            .find(|service| format!("{}/{}", service.namespace, service.name) == key)
+            .with_context(|| format!("no service {key}"))?;
+        family.of(&service.vips)
+    }
+
+    /// GET of an agent's admin socket, as JSON.
+    ///
+    /// # Errors
+    /// When the agent does not answer with JSON.
+    pub fn admin(&self, node: &str, uri: &str) -> anyhow::Result<serde_json::Value> {
+        let body = self.admin_text(node, uri)?;
+        serde_json::from_str(&body).with_context(|| format!("{uri}: {body}"))
+    }
+
+    /// GET of an agent's admin socket, as text.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub fn admin_text(&self, node: &str, uri: &str) -> anyhow::Result<String> {
+        let socket = self.node(node)?.admin_socket;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (_, body) = runtime.block_on(mesh_net::admin::call(&socket, "GET", uri, Vec::new()))?;
+        Ok(String::from_utf8(body.to_vec())?)
+    }
+
+    /// Live connections of the node's agent.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub fn connections(&self, node: &str) -> anyhow::Result<Vec<Connection>> {
+        Ok(serde_json::from_value(self.admin(node, "/connections")?)?)
+    }
+
+    /// The record of the live connection that a client opened from `source`, at the node's agent.
+    ///
+    /// # Errors
+    /// When the agent lists none.
+    pub fn connection_from(&self, node: &str, source: SocketAddr) -> anyhow::Result<Connection> {
+        wait::until("the connection to be listed", || {
+            let all = self.connections(node).map_err(|error| format!("{error:#}"))?;
+            all.into_iter()
+                .find(|connection| connection.src.addr == source)
+                .ok_or_else(|| format!("{source} not listed"))
+        })
+    }
+
+    /// Name of the local mesh.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs `meshctl`.
+    ///
+    /// # Errors
+    /// When it exits non-zero; with its output.
+    pub fn meshctl(&self, arguments: &[&str]) -> anyhow::Result<Output> {
+        let output = Command::new(&self.meshctl).args(arguments).output().context("run meshctl")?;
+        if !output.status.success() {
+            let (out, err) =
+                (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            bail!("meshctl {}: {}\n{out}{err}", arguments.join(" "), output.status);
+        }
+        Ok(output)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Err(error) = self.meshctl(&["local", "down", "--name", &self.name]) {
+            eprintln!("taking the world down: {error:#}");
+        }
+    }
+}
+
+impl Pod {
+    /// An address of this pod with a port.
+    ///
+    /// # Errors
+    /// When it has no address of that family.
+    pub fn at(&self, family: Family, port: u16) -> anyhow::Result<SocketAddr> {
+        Ok(SocketAddr::new(family.of(&self.ips)?, port))
+    }
+}
+
+/// A program of this workspace, from the directory that the running test was built into.
+///
+/// # Errors
+/// When it has not been built.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let here = std::env::current_exe()?;
+    let found =
+        here.ancestors().skip(1).take(3).map(|directory| directory.join(name)).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is not built: run `cargo xtask test`, which builds it first"))
+}
+
+/// YAML of a pod that does nothing: suites run their peers inside its namespace. Its service account is its name.
+pub fn sleeper(namespace: &str, name: &str, node: &str) -> String {
+    format!(
+        "
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {{name: {name}, namespace: {namespace}}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}
+spec:
+  nodeName: {node}
+  serviceAccountName: {name}
+  containers:
+  - {{name: main, image: none, command: [sleep, infinity]}}
+"
+    )
+}
+
+/// YAML of a service in front of the pods whose label `app` is `name`.
+pub fn service(namespace: &str, name: &str, port: u16) -> String {
+    format!(
+        "
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: {namespace}}}
+spec:
+  selector: {{app: {name}}}
+  ipFamilyPolicy: PreferDualStack
+  ports:
+  - {{name: tcp, port: {port}, targetPort: {port}}}
+"
+    )
+}
