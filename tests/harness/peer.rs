@@ -196,3 +196,70 @@ pub fn ended(stream: &mut TcpStream) -> bool {
         }
     }
 }
+
+/// An answer to [`http`].
+#[derive(Debug)]
+pub struct Answer {
+    /// Status code.
+    pub status: u16,
+    /// Status line and headers, as they came.
+    pub head: String,
+    /// Body, to the end of the connection.
+    pub body: String,
+}
+
+/// One HTTP/1.1 request on a connection of its own. `lines` are further header lines, each with its line end.
+///
+/// # Errors
+/// When the connection fails or the answer is not HTTP.
+pub fn http(pod: &Pod, to: SocketAddr, host: &str, path: &str, lines: &str) -> anyhow::Result<Answer> {
+    let mut stream = dial(pod, to)?;
+    stream.write_all(
+        format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{lines}\r\n").as_bytes(),
+    )?;
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all)?;
+    let text = String::from_utf8_lossy(&all);
+    let (head, body) =
+        text.split_once("\r\n\r\n").with_context(|| format!("not an HTTP answer: {text:?}"))?;
+    let status = head.split(' ').nth(1).and_then(|code| code.parse().ok());
+    Ok(Answer {
+        status: status.with_context(|| format!("no status in {head:?}"))?,
+        head: head.to_owned(),
+        body: body.to_owned(),
+    })
+}
+
+/// An HTTP/1.1 server that answers every request with `name`, the path and the headers that it got. A path
+/// `/delay/N` answers after N seconds.
+pub fn http_echo(name: &str) -> Behaviour {
+    let name = name.to_owned();
+    Arc::new(move |stream, peer| {
+        let _ = serve_http(&name, stream, peer);
+    })
+}
+
+fn serve_http(name: &str, mut stream: TcpStream, peer: SocketAddr) -> anyhow::Result<()> {
+    let mut pending = Vec::new();
+    loop {
+        let end = loop {
+            if let Some(at) = pending.windows(4).position(|window| window == b"\r\n\r\n") {
+                break at;
+            }
+            let mut buffer = [0; 4096];
+            match stream.read(&mut buffer)? {
+                0 => return Ok(()),
+                n => pending.extend_from_slice(&buffer[..n]),
+            }
+        };
+        let head = String::from_utf8_lossy(&pending[..end]).into_owned();
+        pending.drain(..end + 4);
+        let path = head.split(' ').nth(1).unwrap_or("/");
+        if let Some(seconds) = path.strip_prefix("/delay/").and_then(|text| text.parse().ok()) {
+            thread::sleep(Duration::from_secs(seconds));
+        }
+        let body = format!("server: {name}\npeer: {}\n{head}\n", unmapped(peer.ip()));
+        let length = body.len();
+        stream.write_all(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}").as_bytes())?;
+    }
+}

@@ -1,0 +1,208 @@
+//! Promise: when a part of the mesh is missing, what was permitted on one node goes on, everything else is refused,
+//! nothing is sent in the clear, and all of it heals without a hand.
+
+use std::{net::TcpStream, process::ExitCode};
+
+use anyhow::ensure;
+use mesh_tests::{
+    Pod, Suite, World,
+    peer::{Outcome, Server, ended, greet_and_echo, ping, talk},
+    wait,
+    wire::Wire,
+    world::{Family, service, sleeper},
+};
+
+const PORT: u16 = 8080;
+const CANARY: &[u8] = b"PLAINTEXT-CANARY";
+const BASE: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: plain}
+---
+{apiVersion: v1, kind: Node, metadata: {name: n1}}
+---
+{apiVersion: v1, kind: Node, metadata: {name: n2}}
+";
+const DENY: &str = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: mesh}
+spec:
+  action: DENY
+  rules:
+  - to: [{operation: {ports: ['8080']}}]
+";
+
+struct Fixture {
+    world: World,
+    _servers: Vec<Server>,
+    client: Pod,
+    outsider: Pod,
+    near: Pod,
+    far: Pod,
+}
+
+impl Fixture {
+    fn up() -> anyhow::Result<Self> {
+        let mut text = BASE.to_owned();
+        for (namespace, name, node) in [
+            ("mesh", "client", "n1"),
+            ("mesh", "near", "n1"),
+            ("mesh", "far", "n2"),
+            ("plain", "outsider", "n1"),
+        ] {
+            text += &sleeper(namespace, name, node);
+            text += &service(namespace, name, PORT);
+        }
+        let world = World::up("faults", &[("mesh.yaml", &text)])?;
+        let (near, far) = (world.pod("mesh/near")?, world.pod("mesh/far")?);
+        let servers = [&near, &far]
+            .into_iter()
+            .map(|pod| Server::start(pod, PORT, greet_and_echo()))
+            .collect::<Result<_, _>>()?;
+        let (client, outsider) = (world.pod("mesh/client")?, world.pod("plain/outsider")?);
+        Ok(Self { world, _servers: servers, client, outsider, near, far })
+    }
+
+    fn open(&self, from: &Pod, to: &Pod, family: Family) -> anyhow::Result<TcpStream> {
+        match talk(from, to.at(family, PORT)?) {
+            Outcome::Greeted { stream, .. } => Ok(stream),
+            Outcome::Refused(why) => anyhow::bail!("{} to {} {family:?}: {why}", from.name, to.name),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let mut suite = Suite::over(Fixture::up);
+    suite.case("a_policy_change_cuts_live_connections_on_every_path_and_no_other", policy_change);
+    suite.case("a_killed_agent_leaves_same_node_calls_alone_and_the_rest_closed", agent_killed);
+    suite.case("without_the_control_plane_everything_permitted_goes_on", control_killed);
+    suite.case("leaving_the_mesh_keeps_direct_connections", leaving);
+    suite.case("a_deleted_pod_ends_its_connections", deleted);
+    suite.run()
+}
+
+fn policy_change(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    let mut cut = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        cut.push(("direct", fixture.open(&fixture.client, &fixture.near, family)?));
+        cut.push(("tunnel", fixture.open(&fixture.client, &fixture.far, family)?));
+        cut.push(("plaintext", fixture.open(&fixture.outsider, &fixture.near, family)?));
+    }
+    let _other_port = Server::start(&fixture.near, PORT + 1, greet_and_echo())?;
+    let Outcome::Greeted { stream: mut kept, .. } =
+        talk(&fixture.client, fixture.near.at(Family::V4, PORT + 1)?)
+    else {
+        anyhow::bail!("the other port is refused");
+    };
+    fixture.world.apply(&[("policy.yaml", DENY)])?;
+    for (path, stream) in &mut cut {
+        ensure!(ended(stream), "a {path} connection outlived the policy that denies it");
+    }
+    ping(&mut kept, b"not denied, not cut")?;
+    ensure!(
+        !talk(&fixture.client, fixture.near.at(Family::V4, PORT)?).greeted(),
+        "a new connection is accepted"
+    );
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    fixture.open(&fixture.client, &fixture.near, Family::V4)?;
+    Ok(())
+}
+
+fn agent_killed(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    let mut direct = fixture.open(&fixture.client, &fixture.near, Family::V4)?;
+    let mut tunnel = fixture.open(&fixture.client, &fixture.far, Family::V4)?;
+    let wire = Wire::tap(&fixture.world.node("n2")?.netns)?;
+    fixture.world.kill_agent("n1")?;
+    ensure!(ended(&mut tunnel), "a tunnelled connection outlived its agent");
+    // Until the restart nothing new may pass between the nodes; afterwards everything must again.
+    ping(&mut direct, b"the kernel carries it alone")?;
+    let healed = wait::until("cross-node calls to work again", || {
+        match talk(&fixture.client, fixture.near.at(Family::V6, PORT).map_err(|e| e.to_string())?) {
+            Outcome::Greeted { .. } => {}
+            Outcome::Refused(why) => panic!("a same-node call was refused while the agent was away: {why}"),
+        }
+        match talk(&fixture.client, fixture.far.at(Family::V4, PORT).map_err(|e| e.to_string())?) {
+            Outcome::Greeted { stream, .. } => Ok(stream),
+            Outcome::Refused(why) => Err(why),
+        }
+    });
+    let mut healed = healed?;
+    ping(&mut healed, CANARY)?;
+    ping(&mut direct, b"and still does")?;
+    fixture.world.in_force()?;
+    let frames = wire.finish();
+    ensure!(frames.segments().count() > 0, "the capture saw nothing");
+    let clear =
+        frames.segments().filter(|segment| between_nodes(segment.destination_port, segment.payload)).count();
+    ensure!(clear == 0, "{clear} segments with the canary towards port {PORT}");
+    Ok(())
+}
+
+/// A segment addressed to the application's port that holds the marker. Inside the destination's node the last hop
+/// is the pod's own loopback, which the node's interfaces do not see.
+fn between_nodes(destination_port: u16, payload: &[u8]) -> bool {
+    destination_port == PORT && payload.windows(CANARY.len()).any(|window| window == CANARY)
+}
+
+fn control_killed(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    let mut open = fixture.open(&fixture.client, &fixture.far, Family::V4)?;
+    fixture.world.kill_control()?;
+    ping(&mut open, b"goes on")?;
+    fixture.open(&fixture.client, &fixture.far, Family::V6)?;
+    fixture.open(&fixture.client, &fixture.near, Family::V6)?;
+    // It is started again, and a change is in force again.
+    fixture.world.apply(&[("policy.yaml", DENY)])?;
+    ensure!(ended(&mut open), "the change did not reach the agents after the restart");
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    Ok(())
+}
+
+fn leaving(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    let mut direct = fixture.open(&fixture.client, &fixture.near, Family::V4)?;
+    let mut plain = fixture.open(&fixture.outsider, &fixture.near, Family::V4)?;
+    let without = BASE.replace(", labels: {istio.io/dataplane-mode: ambient}", "");
+    fixture.world.apply(&[("zz-namespace.yaml", "")])?;
+    let mut text = without;
+    for (namespace, name, node) in
+        [("mesh", "client", "n1"), ("mesh", "near", "n1"), ("mesh", "far", "n2"), ("plain", "outsider", "n1")]
+    {
+        text += &sleeper(namespace, name, node);
+        text += &service(namespace, name, PORT);
+    }
+    let status = fixture.world.apply(&[("mesh.yaml", &text)])?;
+    ensure!(status.pods.iter().all(|pod| !pod.enrolled), "a pod is still enrolled: {:?}", status.pods);
+    ping(&mut direct, b"direct, kept")?;
+    ping(&mut plain, b"plain, kept")?;
+    fixture.open(&fixture.client, &fixture.far, Family::V4)?;
+    let status = fixture.world.apply(&[(
+        "mesh.yaml",
+        &text.replacen("name: mesh}", "name: mesh, labels: {istio.io/dataplane-mode: ambient}}", 1),
+    )])?;
+    ensure!(
+        status.pods.iter().filter(|pod| pod.enrolled).count() == 3,
+        "not enrolled again: {:?}",
+        status.pods
+    );
+    fixture.open(&fixture.client, &fixture.far, Family::V4)?;
+    Ok(())
+}
+
+fn deleted(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("extra.yaml", &sleeper("mesh", "extra", "n2"))])?;
+    let extra = fixture.world.pod("mesh/extra")?;
+    let server = Server::start(&extra, PORT, greet_and_echo())?;
+    let mut open = fixture.open(&fixture.client, &extra, Family::V4)?;
+    drop(server);
+    fixture.world.apply(&[("extra.yaml", "")])?;
+    ensure!(ended(&mut open), "a connection outlived its pod");
+    Ok(())
+}
