@@ -8,12 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use mesh_tests::{
-    Pod, netns,
-    peer::dial,
-    wait,
-    world::Family,
-};
+use mesh_tests::{Pod, netns, peer::dial, wait, world::Family};
 use tempfile::TempDir;
 
 use crate::{load, usage::Processes};
@@ -37,9 +32,10 @@ impl EnvoyPair {
         let tunnel = server.at(Family::V4, TUNNEL_PORT)?;
         let mut pair = Self { children: Vec::new(), _files: files };
         let directory = pair._files.path().to_owned();
-        for (pod, name, config) in
-            [(server, "server", server_config(&directory)), (client, "client", client_config(&directory, tunnel))]
-        {
+        for (pod, name, config) in [
+            (server, "server", server_config(&directory)),
+            (client, "client", client_config(&directory, tunnel)),
+        ] {
             let path = directory.join(format!("{name}.yaml"));
             fs::write(&path, config)?;
             let log = fs::File::create(directory.join(format!("{name}.log")))?;

@@ -71,7 +71,9 @@ fn options() -> anyhow::Result<Options> {
             "--json" => options.json = Some(value()?.into()),
             "--rounds" => options.rounds = value()?.parse().context("--rounds")?,
             "--envoy" => options.envoy = Some(value()?.into()),
-            other => anyhow::bail!("unknown argument {other}: l4 [--json FILE] [--rounds N] [--envoy PROGRAM]"),
+            other => {
+                anyhow::bail!("unknown argument {other}: l4 [--json FILE] [--rounds N] [--envoy PROGRAM]")
+            }
         }
     }
     Ok(options)

@@ -69,16 +69,37 @@ impl Report {
         let inverse = |name, figure: Figure| Some(column(name, figure)?.iter().map(|x| 1.0 / x).collect());
         let memory = |name: &str| names.iter().position(|other| *other == name).map(|at| vec![idle[at]]);
         let wanted: Vec<(&'static str, Option<Estimate>)> = vec![
-            ("same_node_throughput_vs_plain", ratio(column(near, |s| s.bytes_per_second), column(plain, |s| s.bytes_per_second))),
-            ("same_node_throughput_vs_plain_8", ratio(column(near, |s| s.bytes_per_second_8), column(plain, |s| s.bytes_per_second_8))),
+            (
+                "same_node_throughput_vs_plain",
+                ratio(column(near, |s| s.bytes_per_second), column(plain, |s| s.bytes_per_second)),
+            ),
+            (
+                "same_node_throughput_vs_plain_8",
+                ratio(column(near, |s| s.bytes_per_second_8), column(plain, |s| s.bytes_per_second_8)),
+            ),
             ("same_node_p50_vs_plain", ratio(column(near, |s| s.p50), column(plain, |s| s.p50))),
-            ("cross_node_throughput_vs_envoy", ratio(column(far, |s| s.bytes_per_second), column(envoy, |s| s.bytes_per_second))),
-            ("cross_node_throughput_vs_envoy_8", ratio(column(far, |s| s.bytes_per_second_8), column(envoy, |s| s.bytes_per_second_8))),
-            ("cross_node_bytes_per_cpu_vs_envoy", ratio(inverse(far, |s| s.cpu_per_gb), inverse(envoy, |s| s.cpu_per_gb))),
-            ("cross_node_bytes_per_cpu_vs_envoy_8", ratio(inverse(far, |s| s.cpu_per_gb_8), inverse(envoy, |s| s.cpu_per_gb_8))),
+            (
+                "cross_node_throughput_vs_envoy",
+                ratio(column(far, |s| s.bytes_per_second), column(envoy, |s| s.bytes_per_second)),
+            ),
+            (
+                "cross_node_throughput_vs_envoy_8",
+                ratio(column(far, |s| s.bytes_per_second_8), column(envoy, |s| s.bytes_per_second_8)),
+            ),
+            (
+                "cross_node_bytes_per_cpu_vs_envoy",
+                ratio(inverse(far, |s| s.cpu_per_gb), inverse(envoy, |s| s.cpu_per_gb)),
+            ),
+            (
+                "cross_node_bytes_per_cpu_vs_envoy_8",
+                ratio(inverse(far, |s| s.cpu_per_gb_8), inverse(envoy, |s| s.cpu_per_gb_8)),
+            ),
             ("cross_node_added_p50_vs_envoy", ratio(added(far, |s| s.p50), added(envoy, |s| s.p50))),
             ("cross_node_added_p99_vs_envoy", ratio(added(far, |s| s.p99), added(envoy, |s| s.p99))),
-            ("connections_per_cpu_vs_envoy", ratio(inverse(far, |s| s.cpu_per_connect), inverse(envoy, |s| s.cpu_per_connect))),
+            (
+                "connections_per_cpu_vs_envoy",
+                ratio(inverse(far, |s| s.cpu_per_connect), inverse(envoy, |s| s.cpu_per_connect)),
+            ),
             ("idle_connection_memory_vs_envoy", ratio(memory(far), memory(envoy))),
         ];
         let ratios = wanted.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
@@ -89,7 +110,8 @@ impl Report {
     pub fn markdown(&self) -> String {
         let mut text = format!("{} rounds on {}\n\n| figure |", self.rounds, self.machine);
         let names: Vec<_> = self.targets.keys().collect();
-        let _ = writeln!(text, " {} |", names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(" | "));
+        let _ =
+            writeln!(text, " {} |", names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(" | "));
         let _ = writeln!(text, "| --- |{}", " --- |".repeat(names.len()));
         let labels = FIGURES.iter().map(|(label, _)| *label).chain(["bytes_per_idle_connection"]);
         for label in labels {
@@ -101,7 +123,8 @@ impl Report {
         }
         text.push_str("\n| ratio | median | 95 % interval |\n| --- | --- | --- |\n");
         for (name, value) in &self.ratios {
-            let _ = writeln!(text, "| {name} | {:.3} | {:.3} to {:.3} |", value.median, value.low, value.high);
+            let _ =
+                writeln!(text, "| {name} | {:.3} | {:.3} to {:.3} |", value.median, value.low, value.high);
         }
         text
     }
@@ -134,7 +157,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn machine() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
-    let field = |name: &str| cpuinfo.lines().find(|line| line.starts_with(name)).and_then(|line| line.split(": ").nth(1));
+    let field = |name: &str| {
+        cpuinfo.lines().find(|line| line.starts_with(name)).and_then(|line| line.split(": ").nth(1))
+    };
     let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
     let kernel = read("/proc/sys/kernel/osrelease");
     format!("{cores} x {}, Linux {}", field("model name").unwrap_or("unknown processor"), kernel.trim())

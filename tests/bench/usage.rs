@@ -20,7 +20,9 @@ impl Processes {
     pub fn cpu_seconds(&self) -> anyhow::Result<f64> {
         let mut total = 0.0;
         for pid in &self.0 {
-            for thread in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))? {
+            for thread in
+                fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("process {pid}"))?
+            {
                 // A thread may end between listing and reading.
                 let Ok(text) = fs::read_to_string(thread?.path().join("schedstat")) else { continue };
                 let nanoseconds: f64 = text.split(' ').next().context("schedstat")?.parse()?;
@@ -34,7 +36,8 @@ impl Processes {
     pub fn resident_bytes(&self) -> anyhow::Result<u64> {
         let mut total = 0;
         for pid in &self.0 {
-            let text = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid}"))?;
+            let text = fs::read_to_string(format!("/proc/{pid}/status"))
+                .with_context(|| format!("process {pid}"))?;
             let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
             total += line.trim().trim_end_matches(" kB").parse::<u64>()? << 10;
         }
