@@ -1,0 +1,273 @@
+//! Objects: Kubernetes YAML read into typed values, each with the place it came from.
+//!
+//! This module is a library as well: local mode and `meshctl analyze` read the same files with the same code.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use serde::Serialize;
+
+pub mod document;
+pub mod file;
+pub mod kinds;
+
+pub use document::{Parsed, parse};
+
+use kinds::{
+    AuthorizationPolicySpec, GatewaySpec, GatewayStatus, HttpRouteSpec, PeerAuthenticationSpec,
+    ReferenceGrantSpec,
+};
+
+/// The kinds that the mesh reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1` Namespace.
+    Namespace,
+    /// `v1` Node.
+    Node,
+    /// `v1` Pod.
+    Pod,
+    /// `v1` Service.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice,
+    /// `v1` ServiceAccount.
+    ServiceAccount,
+    /// `v1` ConfigMap.
+    ConfigMap,
+    /// `gateway.networking.k8s.io` Gateway.
+    Gateway,
+    /// `gateway.networking.k8s.io` HTTPRoute.
+    HttpRoute,
+    /// `gateway.networking.k8s.io` ReferenceGrant.
+    ReferenceGrant,
+    /// `security.istio.io` AuthorizationPolicy.
+    AuthorizationPolicy,
+    /// `security.istio.io` PeerAuthentication.
+    PeerAuthentication,
+}
+
+impl Kind {
+    /// Every kind with its API group, the served versions and its name in YAML.
+    const TABLE: &'static [(Self, &'static str, &'static [&'static str], &'static str)] = &[
+        (Self::Namespace, "", &["v1"], "Namespace"),
+        (Self::Node, "", &["v1"], "Node"),
+        (Self::Pod, "", &["v1"], "Pod"),
+        (Self::Service, "", &["v1"], "Service"),
+        (Self::EndpointSlice, "discovery.k8s.io", &["v1"], "EndpointSlice"),
+        (Self::ServiceAccount, "", &["v1"], "ServiceAccount"),
+        (Self::ConfigMap, "", &["v1"], "ConfigMap"),
+        (Self::Gateway, "gateway.networking.k8s.io", &["v1", "v1beta1"], "Gateway"),
+        (Self::HttpRoute, "gateway.networking.k8s.io", &["v1", "v1beta1"], "HTTPRoute"),
+        (Self::ReferenceGrant, "gateway.networking.k8s.io", &["v1", "v1beta1"], "ReferenceGrant"),
+        (Self::AuthorizationPolicy, "security.istio.io", &["v1", "v1beta1"], "AuthorizationPolicy"),
+        (Self::PeerAuthentication, "security.istio.io", &["v1", "v1beta1"], "PeerAuthentication"),
+    ];
+
+    /// The kind of `apiVersion` and `kind`; `None` when the mesh does not read it.
+    pub fn of(api_version: &str, kind: &str) -> Option<Self> {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        Self::TABLE
+            .iter()
+            .find(|(_, g, versions, k)| *g == group && *k == kind && versions.contains(&version))
+            .map(|(this, ..)| *this)
+    }
+
+    /// The name in YAML.
+    pub fn name(self) -> &'static str {
+        Self::TABLE.iter().find(|(this, ..)| *this == self).map_or("", |(.., name)| name)
+    }
+
+    /// Whether objects of this kind live in a namespace.
+    pub fn namespaced(self) -> bool {
+        !matches!(self, Self::Namespace | Self::Node)
+    }
+
+    /// Whether the object restricts who may talk to whom: broken, it must deny rather than vanish.
+    pub fn secures(self) -> bool {
+        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Which object: kind, namespace (empty for cluster-wide kinds) and name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// The kind.
+    pub kind: Kind,
+    /// The namespace; empty for cluster-wide kinds.
+    pub namespace: Arc<str>,
+    /// The name.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// Builds a key.
+    pub fn new(kind: Kind, namespace: &str, name: &str) -> Self {
+        Self { kind, namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+/// Where an object was written.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin {
+    /// The file, relative to the source directory.
+    pub file: Arc<str>,
+    /// First line of the object, counted from 1.
+    pub line: usize,
+}
+
+/// One object as the source holds it now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Object {
+    /// Which object.
+    pub key: ObjectKey,
+    /// Where it was written.
+    pub origin: Origin,
+    /// Its metadata.
+    pub meta: ObjectMeta,
+    /// Its content.
+    pub value: Value,
+    /// Digest of the content, so that unchanged objects are not translated again.
+    pub digest: u64,
+}
+
+/// The typed content of an object.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "each variant is the kind of its name")]
+pub enum Value {
+    Namespace(Box<Namespace>),
+    Node(Box<Node>),
+    Pod(Box<Pod>),
+    Service(Box<Service>),
+    EndpointSlice(Box<EndpointSlice>),
+    ServiceAccount(Box<ServiceAccount>),
+    ConfigMap(Box<ConfigMap>),
+    Gateway(Box<GatewaySpec>, Box<GatewayStatus>),
+    HttpRoute(Box<HttpRouteSpec>),
+    ReferenceGrant(Box<ReferenceGrantSpec>),
+    AuthorizationPolicy(Box<AuthorizationPolicySpec>),
+    PeerAuthentication(Box<PeerAuthenticationSpec>),
+    /// A policy that could not be read and was never good before: it denies what its selector covers.
+    Unreadable {
+        match_labels: BTreeMap<String, String>,
+    },
+}
+
+impl Object {
+    /// A label.
+    pub fn label(&self, key: &str) -> Option<&str> {
+        self.meta.labels.as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// An annotation.
+    pub fn annotation(&self, key: &str) -> Option<&str> {
+        self.meta.annotations.as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// Seconds since the epoch at which the object was created; objects without one are the youngest.
+    pub fn created(&self) -> i64 {
+        self.meta.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.timestamp())
+    }
+
+    /// A problem of this object.
+    pub fn problem(
+        &self,
+        severity: Severity,
+        field: impl Into<String>,
+        reason: impl Into<String>,
+    ) -> Problem {
+        Problem {
+            file: self.origin.file.to_string(),
+            line: self.origin.line,
+            object: self.key.to_string(),
+            field: field.into(),
+            reason: reason.into(),
+            severity,
+        }
+    }
+}
+
+/// How bad a problem is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Worth knowing; everything written is in force.
+    Info,
+    /// Part of what was written has no effect.
+    Warning,
+    /// The object or file is not in force as written.
+    Error,
+}
+
+/// Something wrong in the input, named so that it can be found.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Problem {
+    /// The file, relative to the source directory.
+    pub file: String,
+    /// The line, counted from 1; the object's first line where nothing nearer is known.
+    pub line: usize,
+    /// `Kind namespace/name`; empty when the file could not be read that far.
+    pub object: String,
+    /// Path of the field, for example `spec.rules[0].backendRefs[1].name`; may be empty.
+    pub field: String,
+    /// What is wrong, for people.
+    pub reason: String,
+    /// How bad it is.
+    pub severity: Severity,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let severity = match self.severity {
+            Severity::Info => "info",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        };
+        write!(f, "{}:{}: {severity}: ", self.file, self.line)?;
+        for part in [&self.object, &self.field] {
+            if !part.is_empty() {
+                write!(f, "{part}: ")?;
+            }
+        }
+        f.write_str(&self.reason)
+    }
+}
+
+/// The objects of the source, by key.
+pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_told_by_group_and_version() {
+        assert_eq!(Kind::of("v1", "Pod"), Some(Kind::Pod));
+        assert_eq!(Kind::of("gateway.networking.k8s.io/v1", "Gateway"), Some(Kind::Gateway));
+        assert_eq!(Kind::of("networking.istio.io/v1", "Gateway"), None);
+        assert_eq!(Kind::of("apps/v1", "Pod"), None);
+        assert_eq!(Kind::of("v2", "Pod"), None);
+    }
+}
