@@ -1,0 +1,26 @@
+//! `cargo xtask setup`: installs what is missing, asks nothing, says what it chose. Running it again changes nothing.
+
+mod packages;
+mod toolchain;
+
+use crate::shell;
+
+/// Runs every step.
+///
+/// # Errors
+/// When something is missing and cannot be installed from here; says what to do.
+pub fn run() -> anyhow::Result<()> {
+    packages::install()?;
+    let route = toolchain::bpf_linker()?;
+    println!("setup: programs for the kernel are built with {route}");
+    toolchain::cargo_deny()?;
+    println!("setup: done");
+    Ok(())
+}
+
+/// Whether `cargo xtask setup` may install packages here.
+fn may_install() -> bool {
+    shell::is_root() && shell::on_path("apt-get").is_some()
+}
+
+pub use toolchain::{CARGO_DENY_VERSION, Route, cargo_deny_program, choose_route};

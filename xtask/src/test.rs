@@ -1,0 +1,274 @@
+//! `cargo xtask test [SUITE]…`: builds what the suites need, runs them, and ends with one line of numbers.
+
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader},
+    ops::AddAssign,
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+
+use crate::{ebpf, kernels, shell};
+
+/// The package that holds the suites.
+const SUITES: &str = "mesh-tests";
+/// The programs that a local mesh runs.
+const PROGRAMS: &[&str] = &["mesh-cli", "mesh-control", "mesh-node", "mesh-waypoint", "bookinfo"];
+/// Tests of the unit run side by side; more threads than this would starve the timed ones on a small machine.
+const UNIT_THREADS: usize = 4;
+
+/// Which tests to run.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// `unit`; `net` (all suites in network namespaces); `kernels` (other kernels in emulation); `fuzz` (a short run of
+    /// each target); or one suite by its name. Default: all.
+    suites: Vec<String>,
+    /// Only tests whose name contains this.
+    #[arg(long)]
+    filter: Option<String>,
+}
+
+/// What ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Tests that passed.
+    pub passed: usize,
+    /// Tests that did not.
+    pub failed: usize,
+}
+
+impl AddAssign for Totals {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Suite {
+    Unit,
+    World(String),
+    Fuzz,
+    Kernels,
+}
+
+/// Runs the suites.
+///
+/// # Errors
+/// When a test fails, or a suite cannot run.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    let wanted = choose(&options.suites, &world_suites()?)?;
+    if wanted.iter().any(|suite| !matches!(suite, Suite::Unit | Suite::Fuzz)) && !shell::is_root() {
+        bail!(
+            "these suites need root: they build namespaces and load programs into the kernel. `unit` does not"
+        );
+    }
+    let started = Instant::now();
+    ebpf::build(&ebpf::Options::default())?;
+    if wanted.iter().any(|suite| matches!(suite, Suite::World(_) | Suite::Kernels)) {
+        build_programs(&[])?;
+        raise_limits();
+    }
+    let mut totals = Totals::default();
+    for suite in &wanted {
+        totals += match suite {
+            Suite::Unit => unit(options.filter.as_deref())?,
+            Suite::World(name) => world(name, options.filter.as_deref())?,
+            Suite::Fuzz => fuzz()?,
+            Suite::Kernels => kernels::test()?,
+        };
+    }
+    println!("test: {} suites in {} s", wanted.len(), started.elapsed().as_secs());
+    println!("{} passed, {} failed", totals.passed, totals.failed);
+    match totals {
+        Totals { failed: 0, passed } if passed > 0 => Ok(()),
+        Totals { failed: 0, .. } => bail!("no test ran"),
+        Totals { failed, .. } => bail!("{failed} tests failed"),
+    }
+}
+
+/// (pure) Names to suites, in the order in which they run: cheapest first.
+fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>> {
+    let net = || worlds.iter().cloned().map(Suite::World);
+    let mut chosen = BTreeSet::new();
+    if names.is_empty() {
+        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels]);
+        chosen.extend(net());
+    }
+    for name in names {
+        match name.as_str() {
+            "unit" => drop(chosen.insert(Suite::Unit)),
+            "net" => chosen.extend(net()),
+            "fuzz" => drop(chosen.insert(Suite::Fuzz)),
+            "kernels" => drop(chosen.insert(Suite::Kernels)),
+            world if worlds.iter().any(|known| known == world) => {
+                chosen.insert(Suite::World(world.to_owned()));
+            }
+            other => bail!("no suite {other}: unit, net, fuzz, kernels, {}", worlds.join(", ")),
+        }
+    }
+    Ok(chosen)
+}
+
+/// The suites: test targets of the package.
+fn world_suites() -> anyhow::Result<Vec<String>> {
+    let metadata = cargo_metadata::MetadataCommand::new()
+        .manifest_path(shell::root().join("Cargo.toml"))
+        .no_deps()
+        .exec()
+        .context("cargo metadata")?;
+    let package = metadata.packages.iter().find(|package| package.name == SUITES);
+    let targets = package.map(|package| package.targets.as_slice()).unwrap_or_default();
+    Ok(targets.iter().filter(|target| target.is_test()).map(|target| target.name.clone()).collect())
+}
+
+/// Builds the programs that a local mesh consists of.
+///
+/// # Errors
+/// When one does not build.
+pub fn build_programs(profile: &[&str]) -> anyhow::Result<()> {
+    let mut build = shell::cargo(&["build", "--bins"]);
+    build.args(profile);
+    for package in PROGRAMS {
+        build.args(["--package", package]);
+    }
+    shell::run(&mut build).context("build the programs of the mesh")
+}
+
+/// Raises the number of descriptors to what root may have: suites hold thousands of connections.
+pub fn raise_limits() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    /// What one suite needs at most, with a margin.
+    const DESCRIPTORS: u64 = 1 << 18;
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < DESCRIPTORS
+    {
+        let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS));
+        if let Err(error) = raised {
+            eprintln!("test: descriptors stay limited to {soft}: {error}");
+        }
+    }
+}
+
+fn unit(filter: Option<&str>) -> anyhow::Result<Totals> {
+    println!("test: unit");
+    let mut cargo = shell::cargo(&["test", "--workspace", "--no-fail-fast", "--exclude", "mesh-ebpf"]);
+    cargo.args(["--exclude", SUITES]);
+    with_arguments(&mut cargo, UNIT_THREADS, filter);
+    let mut totals = counted(&mut cargo)?;
+    // The harness itself, without the suites.
+    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--lib"]);
+    with_arguments(&mut cargo, UNIT_THREADS, filter);
+    totals += counted(&mut cargo)?;
+    Ok(totals)
+}
+
+fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
+    println!("test: {name}");
+    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--test", name]);
+    with_arguments(&mut cargo, 1, filter);
+    counted(&mut cargo)
+}
+
+fn with_arguments(cargo: &mut Command, threads: usize, filter: Option<&str>) {
+    cargo.args(["--", "--test-threads", &threads.to_string()]);
+    cargo.args(filter);
+}
+
+fn fuzz() -> anyhow::Result<Totals> {
+    println!("test: fuzz");
+    crate::fuzz::short()
+}
+
+/// Runs a program that prints results as libtest does, shows what it prints, and counts.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn counted(command: &mut Command) -> anyhow::Result<Totals> {
+    println!("$ {}", shell::shown(command));
+    let mut child = command.stdout(Stdio::piped()).spawn().context("start the tests")?;
+    let mut counter = Counter::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            counter.line(&line);
+        }
+    }
+    Ok(counter.finish(child.wait()?.success()))
+}
+
+/// Counts results of libtest's format.
+#[derive(Debug, Default)]
+pub struct Counter(Totals);
+
+impl Counter {
+    /// Takes one line of output.
+    pub fn line(&mut self, line: &str) {
+        let Some(rest) = line.trim().strip_prefix("test result: ") else { return };
+        let number = |word: &str| -> usize {
+            let mut words = rest.split([' ', ';', '.']).filter(|word| !word.is_empty());
+            let mut previous = "";
+            words
+                .find_map(|this| {
+                    (this == word).then_some(previous).or_else(|| {
+                        previous = this;
+                        None
+                    })
+                })
+                .and_then(|number| number.parse().ok())
+                .unwrap_or_default()
+        };
+        self.0 += Totals { passed: number("passed"), failed: number("failed") };
+    }
+
+    /// The sum. A program that failed without a failed test, because it crashed or did not compile, counts as one.
+    pub fn finish(self, succeeded: bool) -> Totals {
+        let mut totals = self.0;
+        if !succeeded && totals.failed == 0 {
+            totals.failed = 1;
+        }
+        totals
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted() {
+        let count = |lines: &[&str], succeeded| {
+            let mut counter = Counter::default();
+            lines.iter().for_each(|line| counter.line(line));
+            let totals = counter.finish(succeeded);
+            (totals.passed, totals.failed)
+        };
+        let good =
+            "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.1s";
+        let bad = "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out";
+        assert_eq!(count(&[good, "test a ... ok"], true), (12, 0));
+        assert_eq!(count(&[good, bad], false), (15, 2));
+        assert_eq!(count(&["error: could not compile"], false), (0, 1));
+        assert_eq!(count(&[good], false), (12, 1), "a crash after the last result");
+    }
+
+    #[test]
+    fn suites_are_chosen() {
+        let worlds = ["world".to_owned(), "faults".to_owned()];
+        let chosen = |names: &[&str]| {
+            let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+            choose(&names, &worlds).map(|suites| suites.into_iter().collect::<Vec<_>>())
+        };
+        let world = |name: &str| Suite::World(name.to_owned());
+        assert_eq!(chosen(&["unit"]).expect("known"), [Suite::Unit]);
+        assert_eq!(chosen(&["net"]).expect("known"), [world("faults"), world("world")]);
+        assert_eq!(chosen(&["world", "unit"]).expect("known"), [Suite::Unit, world("world")]);
+        assert_eq!(chosen(&[]).expect("all").len(), 5);
+        assert!(chosen(&["wrld"]).is_err());
+    }
+}
