@@ -1,0 +1,315 @@
+//! Gateways of the waypoint classes, and ReferenceGrants.
+
+use std::sync::Arc;
+
+use super::{Labels, Report};
+use crate::source::{
+    Object,
+    kinds::{AllowedRoutes, GatewaySpec, GatewayStatus, LabelExpression, LabelSelector, ReferenceGrantSpec},
+};
+
+/// Classes whose Gateways are waypoints.
+pub const WAYPOINT_CLASSES: &[&str] = &["istio-waypoint", "undermesh-waypoint"];
+/// Port on which a waypoint takes tunnels unless its listener says otherwise.
+pub const WAYPOINT_PORT: u16 = 15008;
+
+/// What a waypoint Gateway says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaypointFacts {
+    /// Its class.
+    pub class: Arc<str>,
+    /// Port of its HBONE listener.
+    pub port: u16,
+    /// Which traffic it takes.
+    pub takes: Takes,
+    /// Who may bind to it.
+    pub allowed: Allowed,
+    /// Whether its status has addresses.
+    pub has_address: bool,
+}
+
+/// `istio.io/waypoint-for`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    /// Traffic to services.
+    Service,
+    /// Traffic to workloads.
+    Workload,
+    /// Both.
+    All,
+    /// Neither.
+    Nothing,
+}
+
+impl Takes {
+    /// Traffic to services.
+    pub fn services(self) -> bool {
+        matches!(self, Self::Service | Self::All)
+    }
+
+    /// Traffic to workloads.
+    pub fn workloads(self) -> bool {
+        matches!(self, Self::Workload | Self::All)
+    }
+}
+
+/// `allowedRoutes.namespaces` of the listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Only the Gateway's own namespace.
+    Same,
+    /// Every namespace.
+    All,
+    /// Namespaces with these labels.
+    Selector(LabelSelectorFacts),
+}
+
+/// A label selector that was checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LabelSelectorFacts {
+    match_labels: Labels,
+    expressions: Vec<(Arc<str>, Operator, Vec<String>)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operator {
+    In,
+    NotIn,
+    Exists,
+    DoesNotExist,
+}
+
+impl LabelSelectorFacts {
+    /// Whether labels are selected.
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+            && self.expressions.iter().all(|(key, operator, values)| {
+                let value = labels.get(&**key);
+                match operator {
+                    Operator::In => value.is_some_and(|value| values.contains(value)),
+                    Operator::NotIn => value.is_none_or(|value| !values.contains(value)),
+                    Operator::Exists => value.is_some(),
+                    Operator::DoesNotExist => value.is_none(),
+                }
+            })
+    }
+}
+
+impl Allowed {
+    /// Whether objects of a namespace with these labels may bind.
+    pub fn admits(&self, own: bool, labels: &Labels) -> bool {
+        match self {
+            Self::Same => own,
+            Self::All => true,
+            Self::Selector(selector) => selector.matches(labels),
+        }
+    }
+}
+
+/// Translates a Gateway; `None` for other classes.
+pub fn waypoint(
+    object: &Object,
+    spec: &GatewaySpec,
+    status: &GatewayStatus,
+    report: &mut Report<'_>,
+) -> Option<WaypointFacts> {
+    let GatewaySpec {
+        gateway_class_name,
+        listeners,
+        addresses,
+        infrastructure: _,
+        allowed_listeners: _,
+        tls: _,
+        default_scope: _,
+    } = spec;
+    if !WAYPOINT_CLASSES.contains(&gateway_class_name.as_str()) {
+        let reason =
+            format!("class {gateway_class_name:.80?} is not a waypoint class: the Gateway has no effect");
+        report.info("spec.gatewayClassName", reason);
+        return None;
+    }
+    if addresses.is_some() {
+        report.warn("spec.addresses", "waypoints get their address from their Service; ignored");
+    }
+    let takes = match object.label("istio.io/waypoint-for") {
+        None | Some("service") => Takes::Service,
+        Some("workload") => Takes::Workload,
+        Some("all") => Takes::All,
+        Some("none") => Takes::Nothing,
+        Some(other) => {
+            let reason = format!("{other:.80?} is none of service, workload, all, none; taken as service");
+            report.error("metadata.labels", reason);
+            Takes::Service
+        }
+    };
+    if takes.workloads() {
+        report.warn(
+            "metadata.labels",
+            "traffic addressed to workloads is sent to the waypoint, which does not serve it yet: it is refused",
+        );
+    }
+    let listener = listeners.iter().enumerate().find(|(_, listener)| listener.protocol == "HBONE");
+    if listener.is_none() {
+        report.error(
+            "spec.listeners",
+            "a waypoint needs a listener of protocol HBONE, port 15008; taken as given",
+        );
+    }
+    let allowed = listener.map(|(index, listener)| {
+        let field = format!("spec.listeners[{index}].allowedRoutes.namespaces");
+        allowed_of(listener.allowed_routes.as_ref(), &field, report)
+    });
+    let port = match listener {
+        Some((_, listener)) if listener.port != 0 => listener.port,
+        _ => WAYPOINT_PORT,
+    };
+    Some(WaypointFacts {
+        class: gateway_class_name.as_str().into(),
+        port,
+        takes,
+        allowed: allowed.unwrap_or(Allowed::Same),
+        has_address: !status.addresses.is_empty(),
+    })
+}
+
+/// What cannot be understood admits nobody but the own namespace.
+fn allowed_of(routes: Option<&AllowedRoutes>, field: &str, report: &mut Report<'_>) -> Allowed {
+    let Some(namespaces) = routes.and_then(|routes| routes.namespaces.as_ref()) else { return Allowed::Same };
+    match (namespaces.from.as_deref(), &namespaces.selector) {
+        (None | Some("Same"), _) => Allowed::Same,
+        (Some("All"), _) => Allowed::All,
+        (Some("Selector"), Some(selector)) => match checked(selector) {
+            Ok(selector) => Allowed::Selector(selector),
+            Err(reason) => {
+                report.error(format!("{field}.selector"), reason);
+                Allowed::Same
+            }
+        },
+        (Some(other), _) => {
+            report
+                .error(format!("{field}.from"), format!("{other:.80?} cannot be understood; taken as Same"));
+            Allowed::Same
+        }
+    }
+}
+
+fn checked(selector: &LabelSelector) -> Result<LabelSelectorFacts, String> {
+    let LabelSelector { match_labels, match_expressions } = selector;
+    let expressions = match_expressions.iter().map(|LabelExpression { key, operator, values }| {
+        let operator = match (operator.as_str(), values.is_empty()) {
+            ("In", false) => Operator::In,
+            ("NotIn", false) => Operator::NotIn,
+            ("Exists", true) => Operator::Exists,
+            ("DoesNotExist", true) => Operator::DoesNotExist,
+            _ => return Err(format!("operator {operator:.80?} with {} values", values.len())),
+        };
+        Ok((key.as_str().into(), operator, values.clone()))
+    });
+    Ok(LabelSelectorFacts {
+        match_labels: match_labels.clone(),
+        expressions: expressions.collect::<Result<_, String>>()?,
+    })
+}
+
+/// What a ReferenceGrant says: who may refer to Services of its namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrantFacts {
+    /// Namespaces whose HTTPRoutes may refer.
+    pub from: Vec<Arc<str>>,
+    /// To which Services; `None` = all.
+    pub to: Vec<Option<Arc<str>>>,
+}
+
+/// Translates a ReferenceGrant.
+pub fn grant(spec: &ReferenceGrantSpec) -> GrantFacts {
+    let from =
+        spec.from.iter().filter(|from| from.group == "gateway.networking.k8s.io" && from.kind == "HTTPRoute");
+    let to = spec.to.iter().filter(|to| (to.group.is_empty() || to.group == "core") && to.kind == "Service");
+    GrantFacts {
+        from: from.map(|from| from.namespace.as_str().into()).collect(),
+        to: to.map(|to| to.name.as_deref().filter(|name| !name.is_empty()).map(Arc::from)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Fragment, tests::translated};
+    use super::*;
+
+    fn gateway(labels: &str, listener: &str) -> (Option<WaypointFacts>, usize) {
+        let yaml = format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: w, labels: {{{labels}}}}}\nspec:\n  gatewayClassName: istio-waypoint\n  listeners: [{listener}]\n"
+        );
+        let got = translated(&yaml);
+        let problems = got.problems.len();
+        match got.fragment {
+            Fragment::Waypoint(facts) => (Some(facts), problems),
+            _ => (None, problems),
+        }
+    }
+
+    #[test]
+    fn a_waypoint_takes_what_its_label_says() {
+        let mesh = "{name: mesh, port: 15008, protocol: HBONE}";
+        for (label, takes, problems) in [
+            ("", Takes::Service, 0),
+            ("istio.io/waypoint-for: service", Takes::Service, 0),
+            ("istio.io/waypoint-for: all", Takes::All, 1),
+            ("istio.io/waypoint-for: workload", Takes::Workload, 1),
+            ("istio.io/waypoint-for: none", Takes::Nothing, 0),
+            ("istio.io/waypoint-for: x", Takes::Service, 1),
+        ] {
+            let (facts, count) = gateway(label, mesh);
+            assert_eq!((facts.unwrap().takes, count), (takes, problems), "{label}");
+        }
+        assert_eq!(gateway("", "").1, 1);
+    }
+
+    #[test]
+    fn who_may_bind_is_the_listeners_business() {
+        let labels = |text: &str| Labels::from([("team".to_owned(), text.to_owned())]);
+        let with = |namespaces: &str| {
+            let listener = format!(
+                "{{name: mesh, port: 15008, protocol: HBONE, allowedRoutes: {{namespaces: {namespaces}}}}}"
+            );
+            gateway("", &listener).0.unwrap().allowed
+        };
+        for (namespaces, own, team, admitted) in [
+            ("{}", false, "a", false),
+            ("{}", true, "a", true),
+            ("{from: All}", false, "a", true),
+            ("{from: Selector, selector: {matchLabels: {team: a}}}", false, "a", true),
+            ("{from: Selector, selector: {matchLabels: {team: a}}}", false, "b", false),
+            (
+                "{from: Selector, selector: {matchExpressions: [{key: team, operator: NotIn, values: [b]}]}}",
+                false,
+                "a",
+                true,
+            ),
+            (
+                "{from: Selector, selector: {matchExpressions: [{key: team, operator: Exists}]}}",
+                false,
+                "a",
+                true,
+            ),
+            (
+                "{from: Selector, selector: {matchExpressions: [{key: team, operator: Near}]}}",
+                false,
+                "a",
+                false,
+            ),
+            ("{from: Anyone}", false, "a", false),
+        ] {
+            assert_eq!(with(namespaces).admits(own, &labels(team)), admitted, "{namespaces}");
+        }
+    }
+
+    #[test]
+    fn other_classes_are_not_ours() {
+        let got = translated(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: g}\nspec: {gatewayClassName: nginx}\n",
+        );
+        assert_eq!(got.fragment, Fragment::Nothing);
+        assert_eq!(got.problems.len(), 1);
+    }
+}

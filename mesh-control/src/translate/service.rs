@@ -1,0 +1,282 @@
+//! Services and EndpointSlices.
+
+use std::{net::IpAddr, sync::Arc};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Service, ServicePort as KubernetesPort},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+
+use super::{Labels, Report, workload::GATEWAY_NAME};
+use crate::source::Object;
+
+/// What a Service says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceFacts {
+    /// Its labels.
+    pub labels: Labels,
+    /// Its virtual addresses; none when it is headless.
+    pub vips: Vec<IpAddr>,
+    /// Its TCP ports.
+    pub ports: Vec<PortFacts>,
+    /// Which pods are behind it; `None` = EndpointSlices written by somebody else.
+    pub selector: Option<Labels>,
+    /// Pods that are not ready take connections too.
+    pub publish_not_ready: bool,
+    /// Only endpoints of the client's own node.
+    pub node_local: bool,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortFacts {
+    /// Name; empty for a single unnamed port.
+    pub name: Arc<str>,
+    /// Port that clients dial.
+    pub port: u16,
+    /// Port of the pods.
+    pub target: Target,
+    /// What it speaks, as far as it is declared.
+    pub protocol: Protocol,
+}
+
+/// Port of the pods behind a service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The same everywhere.
+    Number(u16),
+    /// The container port of this name, per pod.
+    Name(Arc<str>),
+}
+
+/// What a port speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1, HTTP/2 or gRPC.
+    Http,
+    /// Declared as something else.
+    Tcp,
+    /// Not declared: HTTP as soon as an HTTPRoute attaches.
+    Undeclared,
+}
+
+/// What an EndpointSlice says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceFacts {
+    /// Name of its Service.
+    pub service: Arc<str>,
+    /// Its TCP ports by name.
+    pub ports: Vec<(Arc<str>, u16)>,
+    /// Its endpoints.
+    pub endpoints: Vec<EndpointFacts>,
+}
+
+/// One endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointFacts {
+    /// The pod behind it.
+    pub pod: Option<Arc<str>>,
+    /// Its address.
+    pub address: IpAddr,
+    /// It takes connections.
+    pub ready: bool,
+    /// Its node.
+    pub node: Arc<str>,
+}
+
+/// Translates a Service; `None` for what has no addresses of its own (ExternalName).
+pub fn service(object: &Object, service: &Service, report: &mut Report<'_>) -> Option<ServiceFacts> {
+    let Some(spec) = &service.spec else {
+        report.error("spec", "a Service needs a spec");
+        return None;
+    };
+    if spec.type_.as_deref() == Some("ExternalName") {
+        return None;
+    }
+    let listed = spec.cluster_ips.iter().flatten().map(String::as_str);
+    let mut vips: Vec<IpAddr> = Vec::new();
+    for text in spec.cluster_ip.as_deref().into_iter().chain(listed) {
+        match text.parse::<IpAddr>() {
+            _ if text.is_empty() || text == "None" => {}
+            Ok(ip) if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() => {
+                report.error("spec.clusterIPs", format!("{text} cannot be the address of a Service"));
+            }
+            Ok(ip) if vips.contains(&ip.to_canonical()) => {}
+            Ok(ip) => vips.push(ip.to_canonical()),
+            Err(_) => report.error("spec.clusterIPs", format!("{text:.64?} is not an IP address")),
+        }
+    }
+    let ports = spec.ports.iter().flatten().enumerate();
+    Some(ServiceFacts {
+        labels: object.meta.labels.clone().unwrap_or_default(),
+        vips,
+        ports: ports.filter_map(|(index, port)| port_of(index, port, report)).collect(),
+        selector: spec.selector.clone().filter(|selector| !selector.is_empty()),
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+    })
+}
+
+fn port_of(index: usize, port: &KubernetesPort, report: &mut Report<'_>) -> Option<PortFacts> {
+    let KubernetesPort { app_protocol, name, node_port: _, port: number, protocol, target_port } = port;
+    if protocol.as_deref().unwrap_or("TCP") != "TCP" {
+        return None;
+    }
+    let valid = |number: i32| u16::try_from(number).ok().filter(|number| *number != 0);
+    let field = |field: &str| format!("spec.ports[{index}].{field}");
+    let Some(number) = valid(*number) else {
+        report.error(field("port"), format!("{number} is not a port"));
+        return None;
+    };
+    let target = match target_port {
+        None => Target::Number(number),
+        Some(IntOrString::String(name)) => Target::Name(name.as_str().into()),
+        // Zero is what an omitted field looks like in objects that were read back from an API server.
+        Some(IntOrString::Int(0)) => Target::Number(number),
+        Some(IntOrString::Int(target)) => match valid(*target) {
+            Some(target) => Target::Number(target),
+            None => {
+                report.error(field("targetPort"), format!("{target} is not a port"));
+                return None;
+            }
+        },
+    };
+    let name = name.as_deref().unwrap_or_default();
+    Some(PortFacts {
+        name: name.into(),
+        port: number,
+        target,
+        protocol: declared(app_protocol.as_deref(), name),
+    })
+}
+
+/// `appProtocol` wins over the prefix of the port's name, as in Istio.
+fn declared(app_protocol: Option<&str>, name: &str) -> Protocol {
+    let text =
+        app_protocol.unwrap_or_else(|| name.split('-').next().unwrap_or_default()).to_ascii_lowercase();
+    match text.strip_prefix("kubernetes.io/").unwrap_or(&text) {
+        "http" | "http2" | "grpc" | "h2c" | "ws" => Protocol::Http,
+        "tcp" | "tls" | "https" | "wss" | "mongo" | "mysql" | "redis" | "postgres" => Protocol::Tcp,
+        _ if name.starts_with("grpc-web") => Protocol::Http,
+        _ => Protocol::Undeclared,
+    }
+}
+
+/// Translates an EndpointSlice; `None` when it belongs to no Service.
+pub fn slice(object: &Object, slice: &EndpointSlice, report: &mut Report<'_>) -> Option<SliceFacts> {
+    let EndpointSlice { address_type, endpoints, metadata: _, ports } = slice;
+    let Some(service) = object.label("kubernetes.io/service-name") else {
+        report.warn(
+            "metadata.labels",
+            "without the label kubernetes.io/service-name the slice belongs to no Service",
+        );
+        return None;
+    };
+    if address_type == "FQDN" {
+        report.warn("addressType", "FQDN endpoints are not supported: the slice has no effect");
+        return None;
+    }
+    let tcp = ports.iter().flatten().filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP");
+    let ports = tcp
+        .filter_map(|port| {
+            let number = u16::try_from(port.port?).ok().filter(|number| *number != 0)?;
+            Some((port.name.as_deref().unwrap_or_default().into(), number))
+        })
+        .collect();
+    let mut facts = SliceFacts { service: service.into(), ports, endpoints: Vec::new() };
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        // Kubernetes: all addresses of one endpoint are interchangeable and consumers take the first.
+        let Some(Ok(address)) = endpoint.addresses.first().map(|text| text.parse::<IpAddr>()) else {
+            report.error(format!("endpoints[{index}].addresses[0]"), "not an IP address");
+            continue;
+        };
+        let pod = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+        let conditions = endpoint.conditions.as_ref();
+        facts.endpoints.push(EndpointFacts {
+            pod: pod.and_then(|target| target.name.as_deref()).map(Arc::from),
+            address: address.to_canonical(),
+            ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
+            node: endpoint.node_name.as_deref().unwrap_or_default().into(),
+        });
+    }
+    Some(facts)
+}
+
+impl ServiceFacts {
+    /// Whether it was made for a gateway or waypoint, and so is never bound to one itself.
+    pub fn of_gateway(&self) -> bool {
+        self.labels.contains_key(GATEWAY_NAME)
+            || self.selector.as_ref().is_some_and(|selector| selector.contains_key(GATEWAY_NAME))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Fragment, tests::translated};
+    use super::*;
+
+    fn service_of(spec: &str) -> ServiceFacts {
+        let yaml = format!("apiVersion: v1\nkind: Service\nmetadata: {{name: s}}\nspec: {spec}\n");
+        match translated(&yaml).fragment {
+            Fragment::Service(facts) => *facts,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_service_is_read_in_full() {
+        let got = service_of(
+            "{clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1, 'fd00:96::1'], selector: {app: a}, publishNotReadyAddresses: true, internalTrafficPolicy: Local, ports: [{name: http, port: 80, targetPort: web}, {name: db, port: 3306, protocol: TCP}, {name: dns, port: 53, protocol: UDP}]}",
+        );
+        assert_eq!(got.vips.len(), 2);
+        assert!(got.publish_not_ready && got.node_local);
+        assert_eq!(
+            got.ports,
+            [
+                PortFacts {
+                    name: "http".into(),
+                    port: 80,
+                    target: Target::Name("web".into()),
+                    protocol: Protocol::Http
+                },
+                PortFacts {
+                    name: "db".into(),
+                    port: 3306,
+                    target: Target::Number(3306),
+                    protocol: Protocol::Undeclared
+                },
+            ]
+        );
+        assert_eq!(service_of("{clusterIP: None, ports: []}").vips, Vec::<IpAddr>::new());
+    }
+
+    #[test]
+    fn the_protocol_is_declared_by_app_protocol_then_by_name() {
+        for (app_protocol, name, want) in [
+            (None, "http", Protocol::Http),
+            (None, "http-admin", Protocol::Http),
+            (None, "grpc-web-x", Protocol::Http),
+            (None, "tcp-http", Protocol::Tcp),
+            (None, "", Protocol::Undeclared),
+            (None, "https", Protocol::Tcp),
+            (Some("tcp"), "http", Protocol::Tcp),
+            (Some("kubernetes.io/h2c"), "x", Protocol::Http),
+            (Some("HTTP2"), "tcp", Protocol::Http),
+            (Some("example.com/own"), "http", Protocol::Undeclared),
+        ] {
+            assert_eq!(declared(app_protocol, name), want, "{app_protocol:?} {name}");
+        }
+    }
+
+    #[test]
+    fn a_slice_names_service_ports_and_pods() {
+        let yaml = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s-1, labels: {kubernetes.io/service-name: s}}\naddressType: IPv4\nports: [{name: http, port: 8080}, {name: dns, port: 53, protocol: UDP}]\nendpoints: [{addresses: [10.0.0.1], conditions: {ready: false}, targetRef: {kind: Pod, name: a}, nodeName: n}, {addresses: [10.0.0.2]}]\n";
+        let Fragment::Slice(got) = translated(yaml).fragment else { panic!() };
+        assert_eq!(got.ports, [("http".into(), 8080)]);
+        assert_eq!((got.endpoints[0].pod.as_deref(), got.endpoints[0].ready), (Some("a"), false));
+        assert_eq!((got.endpoints[1].pod.as_deref(), got.endpoints[1].ready), (None, true));
+    }
+}

@@ -1,0 +1,259 @@
+//! Namespaces, Nodes and Pods.
+
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use mesh_core::model::workload::Locality;
+
+use super::{Labels, Report};
+use crate::source::Object;
+
+/// Label that enrols, on pods and namespaces.
+pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// Label that names the Gateway that a pod or Service was made for.
+pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+/// What a namespace says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceFacts {
+    /// Its labels: enrolment, waypoint, and what `allowedRoutes` selects by.
+    pub labels: Labels,
+}
+
+/// What a node says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Where it is.
+    pub locality: Locality,
+}
+
+/// What a pod says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodFacts {
+    /// UID; empty where none was written.
+    pub uid: Arc<str>,
+    /// Its node; empty while it is not scheduled.
+    pub node: Arc<str>,
+    /// Its addresses, never v4-mapped.
+    pub addresses: Vec<IpAddr>,
+    /// Its labels.
+    pub labels: Labels,
+    /// Its service account.
+    pub service_account: Arc<str>,
+    /// It has ended: phase Succeeded or Failed.
+    pub finished: bool,
+    /// It is being deleted.
+    pub deleting: bool,
+    /// It takes connections.
+    pub ready: bool,
+    /// It shares the node's addresses.
+    pub host_network: bool,
+    /// It has a sidecar, so the mesh leaves it alone.
+    pub sidecar: bool,
+    /// Container ports by name, TCP only.
+    pub ports: BTreeMap<Arc<str>, u16>,
+    /// Name of the controller.
+    pub workload_name: Arc<str>,
+}
+
+/// Translates a Namespace.
+pub fn namespace(object: &Object) -> NamespaceFacts {
+    NamespaceFacts { labels: object.meta.labels.clone().unwrap_or_default() }
+}
+
+/// Translates a Node.
+pub fn node(object: &Object) -> NodeFacts {
+    let label = |key: &str| Arc::from(object.label(key).unwrap_or_default());
+    NodeFacts {
+        locality: Locality {
+            region: label("topology.kubernetes.io/region"),
+            zone: label("topology.kubernetes.io/zone"),
+            subzone: label("topology.istio.io/subzone"),
+        },
+    }
+}
+
+/// Translates a Pod.
+pub fn pod(object: &Object, pod: &Pod, report: &mut Report<'_>) -> PodFacts {
+    let Pod { metadata: _, spec, status } = pod;
+    let text = |value: Option<&String>| Arc::<str>::from(value.map_or("", String::as_str));
+    let status = status.as_ref();
+    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
+    let spec = spec.as_ref();
+    let service_account = spec
+        .and_then(|spec| spec.service_account_name.as_deref().or(spec.service_account.as_deref()))
+        .filter(|name| !name.is_empty())
+        .unwrap_or("default");
+    PodFacts {
+        uid: text(object.meta.uid.as_ref()),
+        node: text(spec.and_then(|spec| spec.node_name.as_ref())),
+        addresses: status.map(|status| addresses(status, report)).unwrap_or_default(),
+        labels: object.meta.labels.clone().unwrap_or_default(),
+        service_account: service_account.into(),
+        finished: matches!(phase, "Succeeded" | "Failed"),
+        deleting: object.meta.deletion_timestamp.is_some(),
+        ready: status.is_some_and(ready),
+        host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
+        sidecar: object.annotation("sidecar.istio.io/status").is_some(),
+        ports: spec.map(container_ports).unwrap_or_default(),
+        workload_name: workload_name(object),
+    }
+}
+
+fn addresses(status: &PodStatus, report: &mut Report<'_>) -> Vec<IpAddr> {
+    let listed = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for text in status.pod_ip.as_deref().into_iter().chain(listed) {
+        match text.parse::<IpAddr>() {
+            Ok(ip) if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() => {
+                report.error("status.podIPs", format!("{text} cannot be the address of a pod"));
+            }
+            Ok(ip) if addresses.contains(&ip.to_canonical()) => {}
+            Ok(ip) => addresses.push(ip.to_canonical()),
+            Err(_) => report.error("status.podIPs", format!("{text:.64?} is not an IP address")),
+        }
+    }
+    addresses
+}
+
+/// Kubernetes always writes the condition; for a pod that was written by hand without one, running is enough.
+fn ready(status: &PodStatus) -> bool {
+    let condition = status.conditions.iter().flatten().find(|condition| condition.type_ == "Ready");
+    condition.map_or(status.phase.as_deref() == Some("Running"), |condition| condition.status == "True")
+}
+
+fn container_ports(spec: &k8s_openapi::api::core::v1::PodSpec) -> BTreeMap<Arc<str>, u16> {
+    let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+    let ports = containers.flat_map(|container| container.ports.iter().flatten());
+    ports
+        .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP")
+        .filter_map(|port| Some((port.name.as_deref()?.into(), u16::try_from(port.container_port).ok()?)))
+        .collect()
+}
+
+/// The Deployment behind a ReplicaSet, otherwise the controller, otherwise the pod itself.
+fn workload_name(object: &Object) -> Arc<str> {
+    if let Some(name) = object.label("service.istio.io/workload-name") {
+        return name.into();
+    }
+    let owner = object.meta.owner_references.iter().flatten().find(|owner| owner.controller == Some(true));
+    match owner {
+        Some(owner) if owner.kind == "ReplicaSet" => {
+            let suffix = object.label("pod-template-hash").map(|hash| format!("-{hash}")).unwrap_or_default();
+            owner.name.strip_suffix(&suffix).unwrap_or(&owner.name).into()
+        }
+        Some(owner) => owner.name.as_str().into(),
+        None => object.key.name.clone(),
+    }
+}
+
+impl PodFacts {
+    /// A label.
+    pub fn label(&self, key: &str) -> Option<&str> {
+        self.labels.get(key).map(String::as_str)
+    }
+
+    /// Whether it has ended or never had a place in the mesh.
+    pub fn alive(&self) -> bool {
+        !self.finished && !self.addresses.is_empty()
+    }
+
+    /// Whether the pod is to be enrolled: its own label, or its namespace's unless it opts out (`config-istio.md` 13).
+    pub fn enrolled(&self, namespace: &Labels) -> bool {
+        let own = self.label(DATAPLANE_MODE);
+        let inherited = namespace.get(DATAPLANE_MODE).map(String::as_str);
+        let wanted = own == Some("ambient") || (inherited == Some("ambient") && own != Some("none"));
+        wanted && !self.host_network && !self.sidecar
+    }
+
+    /// Whether it speaks HBONE by itself.
+    pub fn native_tunnel(&self) -> bool {
+        self.label("networking.istio.io/tunnel") == Some("http") && !self.host_network
+    }
+
+    /// Canonical name and revision, for telemetry.
+    pub fn canonical(&self) -> (Arc<str>, Arc<str>) {
+        let first = |keys: [&str; 3]| keys.iter().find_map(|key| self.label(key)).map(Arc::from);
+        let name = first(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+        let revision = first(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+        (name.unwrap_or_else(|| self.workload_name.clone()), revision.unwrap_or_else(|| "latest".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Fragment, tests::translated};
+    use super::*;
+
+    fn pod_of(meta: &str, spec: &str, status: &str) -> PodFacts {
+        let yaml = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-1, {meta}}}\nspec: {spec}\nstatus: {status}\n"
+        );
+        match translated(&yaml).fragment {
+            Fragment::Pod(facts) => *facts,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_pod_is_read_in_full() {
+        let got = pod_of(
+            "uid: u1, labels: {app: web, version: v2, pod-template-hash: abc}, ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-abc, uid: r, controller: true}]",
+            "{nodeName: n1, serviceAccountName: sa, containers: [{name: c, ports: [{name: http, containerPort: 8080}, {name: dns, containerPort: 53, protocol: UDP}]}]}",
+            "{phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}], conditions: [{type: Ready, status: 'True'}]}",
+        );
+        assert_eq!(got.addresses, ["10.0.0.1".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
+        assert_eq!((&*got.node, &*got.service_account, &*got.uid), ("n1", "sa", "u1"));
+        assert_eq!(got.ports, BTreeMap::from([("http".into(), 8080)]));
+        assert_eq!(&*got.workload_name, "web");
+        assert_eq!(got.canonical(), ("web".into(), "v2".into()));
+        assert!(got.ready && got.alive());
+    }
+
+    #[test]
+    fn readiness_and_end_come_from_the_status() {
+        for (meta, status, ready, alive) in [
+            ("", "{}", false, false),
+            ("", "{phase: Running, podIP: 10.0.0.1}", true, true),
+            ("", "{phase: Pending, podIP: 10.0.0.1}", false, true),
+            (
+                "",
+                "{phase: Running, podIP: 10.0.0.1, conditions: [{type: Ready, status: 'False'}]}",
+                false,
+                true,
+            ),
+            ("", "{phase: Succeeded, podIP: 10.0.0.1}", false, false),
+            ("", "{phase: Failed, podIP: 10.0.0.1}", false, false),
+        ] {
+            let got = pod_of(meta, "{containers: []}", status);
+            assert_eq!((got.ready, got.alive()), (ready, alive), "{status}");
+        }
+        assert!(pod_of("deletionTimestamp: '2026-01-01T00:00:00Z'", "{containers: []}", "{}").deleting);
+    }
+
+    #[test]
+    fn enrolment_follows_pod_then_namespace() {
+        for (namespace, meta, spec, enrolled) in [
+            ("ambient", "", "", true),
+            ("ambient", "labels: {istio.io/dataplane-mode: none}", "", false),
+            ("none", "labels: {istio.io/dataplane-mode: ambient}", "", true),
+            ("none", "", "", false),
+            ("ambient", "", "hostNetwork: true", false),
+            ("ambient", "annotations: {sidecar.istio.io/status: x}", "", false),
+        ] {
+            let namespace = Labels::from([(DATAPLANE_MODE.to_owned(), namespace.to_owned())]);
+            let got = pod_of(meta, &format!("{{containers: [], {spec}}}"), "{}");
+            assert_eq!(got.enrolled(&namespace), enrolled, "{meta} {spec}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_no_pod_can_have_are_left_out() {
+        for bad in ["127.0.0.1", "0.0.0.0", "224.0.0.1", "x"] {
+            let yaml = format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: a}}\nspec: {{containers: []}}\nstatus: {{podIP: '{bad}'}}\n"
+            );
+            assert_eq!(translated(&yaml).problems.len(), 1, "{bad}");
+        }
+    }
+}
