@@ -57,6 +57,7 @@ flags! {
     IllegalSource "ILLEGAL_SOURCE" "DENY" Peer "The source address is not one of the pod's.";
     IllegalAuthority "ILLEGAL_AUTHORITY" "DENY" Peer "The tunnel asks for a destination that this pod does not serve.";
     MalformedRequest "MALFORMED_REQUEST" "DENY" Peer "The peer's request is malformed.";
+    UnknownDestination "UNKNOWN_DESTINATION" "DENY" Policy "The destination is not known to the mesh, and only known ones are allowed.";
     NoHealthyUpstream "NO_HEALTHY_UPSTREAM" "CONNECT" Application "The service has no endpoint that can take the connection.";
     UpstreamRefused "UPSTREAM_REFUSED" "CONNECT" Application "The destination refused the connection.";
     UpstreamTimeout "UPSTREAM_TIMEOUT" "CONNECT" Application "The destination did not answer in time; maybe a NetworkPolicy blocks port 15008.";

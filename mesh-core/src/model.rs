@@ -1,10 +1,12 @@
 //! What the mesh is, free of Kubernetes and protobuf. One fragment per file.
 
+pub mod options;
 pub mod policy;
 pub mod route;
 pub mod service;
 pub mod workload;
 
+pub use options::{MeshOptions, OutboundMode};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
 pub use route::{
     Backend, BackendTarget, HeaderMatch, Listener, PathMatch, RequestMatch, Route, RouteRule, ValueMatch,

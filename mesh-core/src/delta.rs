@@ -1,0 +1,99 @@
+//! One item of a feed: a change that is ready to be applied, or a resource that was refused with its path.
+
+use std::sync::Arc;
+
+use crate::{
+    id::{PolicyKey, ServiceKey, WorkloadKey},
+    model::{MeshOptions, Policy, Service, WaypointConfig, Workload},
+    proto::{self, Malformed},
+};
+
+/// One prepared change of the world.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A workload is now so.
+    Workload(Arc<Workload>),
+    /// A service is now so.
+    Service(Arc<Service>),
+    /// A policy is now so.
+    Policy(Arc<Policy>),
+    /// What a waypoint serves is now so.
+    Waypoint(Arc<WaypointConfig>),
+    /// The options of the mesh are now so.
+    Options(MeshOptions),
+    /// A policy arrived that cannot be understood: whoever needs it is denied until a good one comes.
+    InvalidPolicy(PolicyKey),
+    /// A resource is gone.
+    Removed {
+        /// Its type.
+        type_url: &'static str,
+        /// Its resource name.
+        name: Arc<str>,
+    },
+}
+
+/// A resource that cannot be applied; goes into the NACK.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name}: {reason}")]
+pub struct Rejected {
+    /// Resource name.
+    pub name: String,
+    /// Field and reason.
+    pub reason: String,
+}
+
+impl Change {
+    /// Type and resource name of what changes.
+    pub fn resource(&self) -> (&'static str, String) {
+        match self {
+            Self::Workload(workload) => (proto::TYPE_ADDRESS, workload.uid.to_string()),
+            Self::Service(service) => (proto::TYPE_ADDRESS, service.key.to_string()),
+            Self::Policy(policy) => (proto::TYPE_AUTHORIZATION, policy.key.to_string()),
+            Self::InvalidPolicy(key) => (proto::TYPE_AUTHORIZATION, key.to_string()),
+            Self::Waypoint(config) => (proto::TYPE_WAYPOINT, format!("{}/{}", config.namespace, config.name)),
+            Self::Options(_) => (proto::TYPE_MESH_OPTIONS, proto::mesh::NAME.to_owned()),
+            Self::Removed { type_url, name } => (type_url, name.to_string()),
+        }
+    }
+}
+
+/// Reads one resource of a response. A resource whose own name differs from the one that it is sent under is
+/// refused: it could never be removed again.
+///
+/// # Errors
+/// [`Rejected`] with the field and the reason.
+pub fn prepare(type_url: &str, resource: &proto::discovery::Resource) -> Result<Change, Rejected> {
+    let rejected = |error: Malformed| Rejected { name: resource.name.clone(), reason: error.to_string() };
+    let any = resource.resource.as_ref().ok_or_else(|| rejected(Malformed::new("resource", "missing")))?;
+    if any.type_url != type_url {
+        return Err(rejected(Malformed::new(
+            "type_url",
+            format!("{:?} in a response of {type_url:?}", any.type_url),
+        )));
+    }
+    let change = proto::decode(type_url, &any.value).map_err(rejected)?;
+    let (_, own) = change.resource();
+    if own != resource.name {
+        return Err(rejected(Malformed::new("name", format!("the resource calls itself {own:?}"))));
+    }
+    Ok(change)
+}
+
+/// The removal of a resource; `None` for a type that is not ours.
+pub fn removed(type_url: &str, name: &str) -> Option<Change> {
+    let type_url = proto::TYPES.into_iter().find(|known| *known == type_url)?;
+    Some(Change::Removed { type_url, name: name.into() })
+}
+
+/// How the removal of an address resource is read (`wire-protocol.md` X15).
+pub(crate) enum AddressName {
+    Workload(WorkloadKey),
+    Service(ServiceKey),
+}
+
+impl AddressName {
+    pub(crate) fn candidates(name: &str) -> impl Iterator<Item = Self> {
+        let service = ServiceKey::parse(name).map(Self::Service);
+        [Some(Self::Workload(WorkloadKey(name.into()))), service].into_iter().flatten()
+    }
+}

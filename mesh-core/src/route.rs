@@ -1,0 +1,276 @@
+//! HTTP routes of one listener, compiled; and which rule a request falls under (`semantics.md` D7, D9, D19). Pure.
+
+use std::{cmp::Reverse, fmt};
+
+use regex_automata::{
+    Anchored, Input,
+    meta::{Config, Regex},
+};
+
+use crate::model::{Listener, PathMatch, RequestMatch, Route, ValueMatch};
+
+/// Longest pattern that is compiled, bytes: a route's author is not trusted with the waypoint's memory.
+const MAX_PATTERN_BYTES: usize = 1024;
+/// Most memory of one compiled pattern, bytes.
+const MAX_COMPILED_BYTES: usize = 1 << 20;
+
+/// A route that cannot be compiled: the object, the field, and the reason.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{route}: {path}: {reason}")]
+pub struct CompileError {
+    /// `namespace/name`.
+    pub route: String,
+    /// Field.
+    pub path: String,
+    /// What is wrong.
+    pub reason: String,
+}
+
+/// What routing reads of a request.
+#[derive(Clone, Copy)]
+pub struct RequestHead<'a> {
+    /// Host of the authority, without port.
+    pub host: &'a str,
+    /// Path without query, as the upstream will see it.
+    pub path: &'a str,
+    /// Query without question mark.
+    pub query: Option<&'a str>,
+    /// Method.
+    pub method: &'a str,
+    /// First value of a header, by lower-case name.
+    pub headers: &'a dyn Fn(&str) -> Option<&'a str>,
+}
+
+impl fmt::Debug for RequestHead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}{}", self.method, self.host, self.path)
+    }
+}
+
+/// The rule that a request falls under, by index into the listener's routes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matched {
+    /// Index of the route.
+    pub route: usize,
+    /// Index of its rule.
+    pub rule: usize,
+}
+
+/// The routes of one listener, in order of precedence.
+#[derive(Debug)]
+pub struct Table {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    host: Host,
+    path: Path,
+    method: Option<Box<str>>,
+    headers: Vec<(Box<str>, Value)>,
+    query: Vec<(Box<str>, Value)>,
+    target: Matched,
+}
+
+#[derive(Debug)]
+enum Host {
+    Any,
+    Exact(Box<str>),
+    /// With the leading dot.
+    Suffix(Box<str>),
+}
+
+#[derive(Debug)]
+enum Path {
+    Exact(Box<str>),
+    /// Without trailing slash; the root is empty.
+    Prefix(Box<str>),
+    Regex(Box<Regex>),
+}
+
+#[derive(Debug)]
+enum Value {
+    Exact(Box<str>),
+    Regex(Box<Regex>),
+}
+
+/// Compiles the routes of a listener.
+///
+/// # Errors
+/// [`CompileError`] for the first pattern that is too large or malformed.
+pub fn compile(listener: &Listener) -> Result<Table, CompileError> {
+    let mut entries = Vec::new();
+    for (index, route) in listener.routes.iter().enumerate() {
+        let hosts = if route.hostnames.is_empty() { vec![Host::Any] } else { hosts(route) };
+        for host in hosts {
+            for (number, rule) in route.rules.iter().enumerate() {
+                for (nth, item) in rule.matches.iter().enumerate() {
+                    let field = format!("spec.rules[{number}].matches[{nth}]");
+                    let entry = entry(&host, item, Matched { route: index, rule: number }).map_err(
+                        |(path, reason)| CompileError {
+                            route: format!("{}/{}", route.namespace, route.name),
+                            path: format!("{field}.{path}"),
+                            reason,
+                        },
+                    )?;
+                    entries.push((entry, nth));
+                }
+            }
+        }
+    }
+    entries.sort_by_cached_key(|(entry, nth)| precedence(entry, &listener.routes[entry.target.route], *nth));
+    Ok(Table { entries: entries.into_iter().map(|(entry, _)| entry).collect() })
+}
+
+fn hosts(route: &Route) -> Vec<Host> {
+    let host = |name: &std::sync::Arc<str>| {
+        let name = name.to_ascii_lowercase();
+        match name.strip_prefix('*') {
+            Some("") => Host::Any,
+            Some(suffix) => Host::Suffix(suffix.into()),
+            None => Host::Exact(name.into()),
+        }
+    };
+    route.hostnames.iter().map(host).collect()
+}
+
+/// Gateway API order, smaller first: host (exact before wildcard, then more characters), exact path, longest prefix,
+/// regex last (implementation-specific), method, number of headers, number of query parameters, oldest route, name of
+/// the route, order of rules and matches.
+fn precedence(entry: &Entry, route: &Route, nth: usize) -> impl Ord + use<> {
+    let host = match &entry.host {
+        Host::Exact(name) => (0, Reverse(name.len())),
+        Host::Suffix(suffix) => (1, Reverse(suffix.len())),
+        Host::Any => (2, Reverse(0)),
+    };
+    let path = match &entry.path {
+        Path::Exact(path) => (0, Reverse(path.len())),
+        Path::Prefix(prefix) => (1, Reverse(prefix.len())),
+        Path::Regex(_) => (2, Reverse(0)),
+    };
+    let specific = (entry.method.is_none(), Reverse(entry.headers.len()), Reverse(entry.query.len()));
+    let object = (route.created, route.namespace.clone(), route.name.clone());
+    (host, path, specific, object, entry.target.rule, nth)
+}
+
+type Complaint = (String, String);
+
+fn entry(host: &Host, item: &RequestMatch, target: Matched) -> Result<Entry, Complaint> {
+    let RequestMatch { path, method, headers, query } = item;
+    let values = |field: &str, list: &[crate::model::HeaderMatch]| {
+        list.iter()
+            .enumerate()
+            .map(|(index, item)| {
+                let value = match &item.value {
+                    ValueMatch::Exact(text) => Value::Exact((&**text).into()),
+                    ValueMatch::Regex(pattern) => Value::Regex(Box::new(
+                        regex(pattern).map_err(|reason| (format!("{field}[{index}].value"), reason))?,
+                    )),
+                };
+                Ok((Box::from(&*item.name), value))
+            })
+            .collect::<Result<Vec<_>, Complaint>>()
+    };
+    Ok(Entry {
+        host: match host {
+            Host::Any => Host::Any,
+            Host::Exact(name) => Host::Exact(name.clone()),
+            Host::Suffix(suffix) => Host::Suffix(suffix.clone()),
+        },
+        path: match path {
+            PathMatch::Exact(path) => Path::Exact((&**path).into()),
+            PathMatch::Prefix(prefix) => Path::Prefix(prefix.trim_end_matches('/').into()),
+            PathMatch::Regex(pattern) => {
+                Path::Regex(Box::new(regex(pattern).map_err(|reason| ("path.value".to_owned(), reason))?))
+            }
+        },
+        method: method.as_ref().map(|method| (&**method).into()),
+        headers: values("headers", headers)?,
+        query: values("queryParams", query)?,
+        target,
+    })
+}
+
+fn regex(pattern: &str) -> Result<Regex, String> {
+    if pattern.len() > MAX_PATTERN_BYTES {
+        return Err(format!("the pattern is longer than {MAX_PATTERN_BYTES} bytes"));
+    }
+    // The whole string must match.
+    let config =
+        Config::new().nfa_size_limit(Some(MAX_COMPILED_BYTES)).onepass_size_limit(Some(MAX_COMPILED_BYTES));
+    Regex::builder().configure(config).build(&format!("^(?:{pattern})$")).map_err(|error| {
+        match error.syntax_error() {
+            Some(syntax) => format!("malformed pattern: {syntax}"),
+            None => format!("the pattern is too complex: {error}"),
+        }
+    })
+}
+
+fn whole(regex: &Regex, text: &str) -> bool {
+    regex.is_match(Input::new(text).anchored(Anchored::Yes))
+}
+
+impl Table {
+    /// The rule that wins for a request; `None` is 404 where routes exist.
+    pub fn matched(&self, head: &RequestHead<'_>) -> Option<Matched> {
+        let host = head.host.trim_end_matches('.').to_ascii_lowercase();
+        // Host names are looked up first: a route of a less specific host does not serve a more specific one's misses
+        // unless it matches itself, which the order already says.
+        self.entries.iter().find(|entry| matches(entry, &host, head)).map(|entry| entry.target)
+    }
+}
+
+fn matches(entry: &Entry, host: &str, head: &RequestHead<'_>) -> bool {
+    let host_fits = match &entry.host {
+        Host::Any => true,
+        Host::Exact(name) => host == &**name,
+        Host::Suffix(suffix) => host.len() > suffix.len() && host.ends_with(&**suffix),
+    };
+    let path_fits = || match &entry.path {
+        Path::Exact(path) => head.path == &**path,
+        Path::Prefix(prefix) => {
+            head.path.strip_prefix(&**prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        }
+        Path::Regex(regex) => whole(regex, head.path),
+    };
+    let value_fits = |expected: &Value, value: &str| match expected {
+        Value::Exact(text) => value == &**text,
+        Value::Regex(regex) => whole(regex, value),
+    };
+    host_fits
+        && path_fits()
+        && entry.method.as_ref().is_none_or(|method| head.method == &**method)
+        && entry
+            .headers
+            .iter()
+            .all(|(name, expected)| (head.headers)(name).is_some_and(|value| value_fits(expected, value)))
+        && entry.query.iter().all(|(name, expected)| {
+            parameter(head.query, name).is_some_and(|value| value_fits(expected, &value))
+        })
+}
+
+/// The first occurrence of a query parameter, decoded.
+fn parameter(query: Option<&str>, name: &str) -> Option<String> {
+    query?.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (decoded(key)? == name).then(|| decoded(value)).flatten()
+    })
+}
+
+/// Percent-decoding of `application/x-www-form-urlencoded`; `None` when it is malformed.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'+' => b' ',
+            b'%' => {
+                let digit = |byte: u8| char::from(byte).to_digit(16);
+                let (high, low) = (digit(rest.next()?)?, digit(rest.next()?)?);
+                u8::try_from(high * 16 + low).ok()?
+            }
+            other => other,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
