@@ -4,5 +4,6 @@
 //! `compile`. The second half serves what they say.
 #![forbid(unsafe_code)]
 
+pub mod compile;
 pub mod source;
 pub mod translate;
