@@ -130,14 +130,7 @@ impl AccessRecord {
     /// Opens the record of a connection that was accepted now.
     pub fn open(side: Side, src: Option<SocketAddr>) -> Self {
         let details = Details { src: Party { addr: src, ..Party::default() }, ..Details::default() };
-        Self {
-            side,
-            opened: Instant::now(),
-            details,
-            counters: Arc::default(),
-            metrics: None,
-            closed: false,
-        }
+        Self { side, opened: Instant::now(), details, counters: Arc::default(), metrics: None, closed: false }
     }
 
     /// Names the connection to the metrics, once it is known what it is; counts it as opened. Call before bytes flow.

@@ -135,8 +135,7 @@ pub enum AdminError {
 /// # Errors
 /// The path is in use or cannot be bound.
 pub fn bind(path: &Path) -> Result<UnixListener, AdminError> {
-    let failed =
-        |doing| move |source| AdminError::Io { path: path.to_owned(), doing, source };
+    let failed = |doing| move |source| AdminError::Io { path: path.to_owned(), doing, source };
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(AdminError::InUse(path.to_owned())),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
@@ -299,8 +298,7 @@ mod tests {
             }
         });
         tasks.spawn(serve(listener, draining, TaskGroup::new(), handler));
-        let (status, body) =
-            call(&path, Method::POST, "/echo?a=1&level=debug", "hi", SOON).await.unwrap();
+        let (status, body) = call(&path, Method::POST, "/echo?a=1&level=debug", "hi", SOON).await.unwrap();
         assert_eq!((status, &body[..]), (201, &b"debug hi"[..]));
         assert_eq!(call(&path, Method::GET, "/", "", SOON).await.unwrap().0, 404);
         drain.force();

@@ -41,10 +41,7 @@ impl TransferCounters {
 
     /// Bytes so far.
     pub fn transfer(&self) -> Transfer {
-        Transfer {
-            a_to_b: self.a_to_b.load(Ordering::Relaxed),
-            b_to_a: self.b_to_a.load(Ordering::Relaxed),
-        }
+        Transfer { a_to_b: self.a_to_b.load(Ordering::Relaxed), b_to_a: self.b_to_a.load(Ordering::Relaxed) }
     }
 
     /// Counts bytes from the first end to the second.
@@ -461,8 +458,12 @@ mod tests {
             tokio::join!(copy_bidirectional(&mut a, &mut b, &counters), pump(client, 1), pump(server, 2));
         assert_eq!(transfer.unwrap(), Transfer { a_to_b: N as u64, b_to_a: N as u64 });
         assert_eq!(counters.transfer().a_to_b, N as u64);
-        assert!(from_server.iter().enumerate().all(|(i, b)| *b == (i as u8).wrapping_mul(31).wrapping_add(2)));
-        assert!(from_client.iter().enumerate().all(|(i, b)| *b == (i as u8).wrapping_mul(31).wrapping_add(1)));
+        assert!(
+            from_server.iter().enumerate().all(|(i, b)| *b == (i as u8).wrapping_mul(31).wrapping_add(2))
+        );
+        assert!(
+            from_client.iter().enumerate().all(|(i, b)| *b == (i as u8).wrapping_mul(31).wrapping_add(1))
+        );
     }
 
     #[tokio::test]

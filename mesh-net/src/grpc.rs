@@ -208,7 +208,8 @@ impl Interceptor for Authorize {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         request.metadata_mut().insert("clusterid", self.cluster.clone());
         if let Some(source) = &self.token {
-            let token = source.read().map_err(|error| Status::unauthenticated(format!("own token: {error}")))?;
+            let token =
+                source.read().map_err(|error| Status::unauthenticated(format!("own token: {error}")))?;
             let value = format!("Bearer {}", token.trim());
             let mut value = AsciiMetadataValue::try_from(value)
                 .map_err(|_| Status::unauthenticated("own token: not a header value"))?;

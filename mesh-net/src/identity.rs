@@ -3,7 +3,6 @@
 //! One certificate per identity, shared by pods. Renewed at half-life; the old one serves until it expires, whatever
 //! happens to the CA meanwhile. Without a valid one, handshakes fail closed.
 
-#[cfg(any())]
 pub mod request;
 pub mod schedule;
 
@@ -310,10 +309,7 @@ async fn run(inner: Arc<Inner>) {
     }
 }
 
-async fn fetch(
-    source: &dyn CertificateSource,
-    identity: Identity,
-) -> (Identity, Result<Issued, FetchError>) {
+async fn fetch(source: &dyn CertificateSource, identity: Identity) -> (Identity, Result<Issued, FetchError>) {
     let outcome = tokio::time::timeout(CONNECT, source.fetch(&identity))
         .await
         .unwrap_or_else(|_| Err(FetchError::Unavailable("no answer in time".to_owned())));
@@ -324,7 +320,8 @@ impl Inner {
     fn fetched(&self, identity: &Identity, outcome: Result<Issued, FetchError>) {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let usable = outcome.and_then(|issued| {
-            let certificate = WorkloadCertificate::new(issued, generation).map_err(|error| unusable(&error))?;
+            let certificate =
+                WorkloadCertificate::new(issued, generation).map_err(|error| unusable(&error))?;
             match &certificate.identity {
                 got if got == identity => Ok(certificate),
                 got => Err(FetchError::Unusable(format!("it is for {got}, not for {identity}"))),

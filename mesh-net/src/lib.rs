@@ -10,6 +10,7 @@ pub mod admin;
 pub mod clock;
 pub mod copy;
 pub mod drain;
+pub mod feed;
 pub mod grpc;
 pub mod identity;
 pub mod listen;

@@ -238,7 +238,8 @@ mod tests {
     #[tokio::test]
     async fn sockets_know_their_namespace_and_themselves() {
         for at in ["127.0.0.1:0", "[::1]:0"] {
-            let listener = into_tokio(listener(at.parse().unwrap(), &ListenOptions::default()).unwrap()).unwrap();
+            let listener =
+                into_tokio(listener(at.parse().unwrap(), &ListenOptions::default()).unwrap()).unwrap();
             let to = listener.local_addr().unwrap();
             let options = DialOptions { source: Some(to.ip()), ..DialOptions::default() };
             let socket = for_dial(to, &options).unwrap();

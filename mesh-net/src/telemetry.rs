@@ -10,7 +10,9 @@ use std::{
 use mesh_core::flag::Flag;
 use parking_lot::Mutex;
 use prometheus_client::{
-    encoding::{EncodeLabelKey, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder, text::encode},
+    encoding::{
+        EncodeLabelKey, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder, text::encode,
+    },
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
@@ -167,7 +169,11 @@ fn label(
     text.finish()
 }
 
-fn workload(encoder: &mut LabelSetEncoder<'_>, side: &str, labels: &WorkloadLabels) -> Result<(), fmt::Error> {
+fn workload(
+    encoder: &mut LabelSetEncoder<'_>,
+    side: &str,
+    labels: &WorkloadLabels,
+) -> Result<(), fmt::Error> {
     for (name, value) in [
         ("workload", &labels.workload),
         ("canonical_service", &labels.canonical_service),

@@ -9,10 +9,8 @@ use std::{io, sync::Arc};
 
 use mesh_core::{flag::Flag, id::Identity};
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
-    client::Resumption,
-    crypto::CryptoProvider,
-    version::TLS13,
+    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion, client::Resumption,
+    crypto::CryptoProvider, version::TLS13,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -76,10 +74,7 @@ impl TlsError {
 pub fn provider() -> Arc<CryptoProvider> {
     use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
     Arc::new(CryptoProvider {
-        cipher_suites: vec![
-            cipher_suite::TLS13_AES_128_GCM_SHA256,
-            cipher_suite::TLS13_AES_256_GCM_SHA384,
-        ],
+        cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
         ..default_provider()
     })
 }
@@ -193,11 +188,7 @@ impl ClientTls {
     ///
     /// # Errors
     /// The handshake fails, or the peer is somebody else.
-    pub async fn connect<T>(
-        &self,
-        io: T,
-        expect: Vec<Identity>,
-    ) -> Result<(TlsStream<T>, Identity), TlsError>
+    pub async fn connect<T>(&self, io: T, expect: Vec<Identity>) -> Result<(TlsStream<T>, Identity), TlsError>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
@@ -208,8 +199,7 @@ impl ClientTls {
         // Never sent (no SNI) and never compared (identity is the URI); rustls wants some name.
         let name = ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into());
         let connector = TlsConnector::from(Arc::new(config));
-        let mut stream =
-            connector.connect(name, Buffered::new(io)).await.map_err(TlsError::of_handshake)?;
+        let mut stream = connector.connect(name, Buffered::new(io)).await.map_err(TlsError::of_handshake)?;
         stream.get_mut().1.set_buffer_limit(Some(SEND_BUFFER_BYTES));
         let session = stream.get_ref().1;
         let peer = proven(session.peer_certificates())?;
@@ -221,9 +211,8 @@ impl ClientTls {
 }
 
 fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity, TlsError> {
-    let leaf = chain
-        .and_then(<[_]>::first)
-        .ok_or(TlsError::Protocol(rustls::Error::NoCertificatesPresented))?;
+    let leaf =
+        chain.and_then(<[_]>::first).ok_or(TlsError::Protocol(rustls::Error::NoCertificatesPresented))?;
     verify::identity_of(leaf).map_err(|error| TlsError::Peer(PeerRefused::NoIdentity(error)))
 }
 

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+pub use mesh_core::outbound::Hop;
 use mesh_core::{flag::Flag, id::Identity};
 use tokio::net::TcpStream;
 
@@ -28,15 +29,6 @@ use crate::{
     BoxFuture,
     tls::{TlsError, verify::PeerRefused},
 };
-
-/// Where to dial and whom we insist on meeting there.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Hop {
-    /// The peer's tunnel port.
-    pub dial: SocketAddr,
-    /// Any one of these; nobody else.
-    pub expect: Vec<Identity>,
-}
 
 /// The headers of a CONNECT, beside its authority. Hints of an authenticated peer, not facts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -189,8 +181,6 @@ impl DialError {
     }
 }
 
-/// The header by which a waypoint names the original client.
-pub(crate) const CLIENT_HEADER: &str = "x-undermesh-client";
 /// The header by which a refusing peer tells its flag (ours; others ignore it).
 pub(crate) const FLAG_HEADER: &str = "x-undermesh-flag";
 

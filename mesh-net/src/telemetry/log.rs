@@ -71,11 +71,7 @@ pub fn init_tracing(format: LogFormat, filter: &str) -> Result<LogControl, Strin
     let filter = EnvFilter::try_new(filter).map_err(|error| error.to_string())?;
     let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(io::stderr);
-    tracing_subscriber::registry()
-        .with(filter)
-        .with(lines)
-        .try_init()
-        .map_err(|error| error.to_string())?;
+    tracing_subscriber::registry().with(filter).with(lines).try_init().map_err(|error| error.to_string())?;
     Ok(LogControl(Some(handle)))
 }
 

@@ -1,13 +1,12 @@
 //! One connection of the pool: TCP, TLS, HTTP/2, and its life until it ends.
 
-use std::{
-    io,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use h2::{Ping, PingPong, client::{Builder, Connection, SendRequest}};
+use h2::{
+    Ping, PingPong,
+    client::{Builder, Connection, SendRequest},
+};
 use http::{HeaderMap, HeaderValue, Method, Request, Uri};
 use mesh_core::{
     flag::Flag,
@@ -16,10 +15,11 @@ use mesh_core::{
         CONNECT, CONNECTION_WINDOW_BYTES, FRAME_BYTES, H2_HANDSHAKE, HEADER_LIST_BYTES, PING_INTERVAL,
         PING_TIMEOUT, STREAM_WINDOW_BYTES, TLS_HANDSHAKE, TUNNEL_STREAMS,
     },
+    tunnel::CLIENT_HEADER,
 };
 use tokio::net::TcpStream;
 
-use super::{CLIENT_HEADER, Dial, DialError, FLAG_HEADER, Phase, TunnelHeaders};
+use super::{Dial, DialError, FLAG_HEADER, Phase, TunnelHeaders};
 use crate::{
     identity::WorkloadCertificate,
     tls::{TlsError, TlsStream},
@@ -32,6 +32,10 @@ pub(super) const SEND_BUFFER_BYTES: usize = 1 << 20;
 pub(super) const RESET_STREAMS: usize = 50;
 /// Protocol errors by the peer's streams that end the connection (T-26).
 pub(super) const ERROR_RESETS: usize = 200;
+
+/// What many small DATA frames that wait for a stalled reader may cost, bytes; 256 each. The default of half a window
+/// would end the whole connection when one application reads slowly what another writes by tens of bytes.
+pub(super) const SMALL_FRAME_BUDGET_BYTES: usize = 32 << 20;
 
 type Driver = Connection<TlsStream<TcpStream>, Bytes>;
 
@@ -57,6 +61,7 @@ pub(super) async fn establish(
         .initial_max_send_streams(TUNNEL_STREAMS)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
+        .data_frame_budget(SMALL_FRAME_BUDGET_BYTES)
         .enable_push(false)
         .handshake::<_, Bytes>(tls);
     let (request, connection) =

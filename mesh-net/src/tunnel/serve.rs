@@ -19,6 +19,7 @@ use mesh_core::{
         CONNECTION_WINDOW_BYTES, FRAME_BYTES, H2_HANDSHAKE, HEADER_LIST_BYTES, STREAM_WINDOW_BYTES,
         TLS_HANDSHAKE, TUNNEL_STREAMS,
     },
+    tunnel::CLIENT_HEADER,
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -28,8 +29,8 @@ use tokio::{
 };
 
 use super::{
-    CLIENT_HEADER, FLAG_HEADER, TunnelHeaders, TunnelStream,
-    dial::{ERROR_RESETS, RESET_STREAMS, SEND_BUFFER_BYTES, baggage, keepalive},
+    FLAG_HEADER, TunnelHeaders, TunnelStream,
+    dial::{ERROR_RESETS, RESET_STREAMS, SEND_BUFFER_BYTES, SMALL_FRAME_BUDGET_BYTES, baggage, keepalive},
 };
 use crate::{
     drain::Draining,
@@ -231,6 +232,7 @@ where
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_pending_accept_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(ERROR_RESETS))
+        .data_frame_budget(SMALL_FRAME_BUDGET_BYTES)
         .handshake::<_, Bytes>(tls);
     let connection = tokio::time::timeout(H2_HANDSHAKE, handshake)
         .await

@@ -1,0 +1,359 @@
+//! The feed from the control plane: delta xDS over one stream (`wire-protocol.md` 5.3).
+//!
+//! Each response is prepared off to the side, item by item; what is good makes the next [`Snapshot`], which is swapped
+//! once and applied; only then comes the answer. An ACK means that the resources are in force. State is kept while
+//! disconnected, and a reconnect asks only for what changed.
+
+mod batch;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::{
+    delta::Change,
+    limits::{FEED_BACKOFF, FEED_MESSAGE_BYTES, HOLD},
+    proto::discovery::{
+        DELTA_PATH, DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as RpcStatus,
+    },
+    snapshot::Snapshot,
+};
+use prost::Message as _;
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Status, Streaming, client::Grpc};
+use tonic_prost::ProstCodec;
+
+use self::batch::Batch;
+use crate::{
+    BoxFuture,
+    clock::Chance,
+    drain::Draining,
+    grpc::{AuthorizedChannel, ChannelConfig, GrpcError, channel},
+    telemetry::{FeedTermination, Metrics},
+};
+
+/// The server's first sign of life on a new stream.
+const OPEN: Duration = Duration::from_secs(30);
+/// Requests that wait to be sent: one per type at the start, then answers one by one.
+const REQUESTS: usize = 16;
+/// Longest error text of a NACK, bytes: the server logs it and shows it in status.
+const NACK_BYTES: usize = 16 << 10;
+/// Retries are spread by this share of the wait.
+const JITTER: f64 = 0.2;
+
+/// What one proxy subscribes to, and where.
+#[derive(Clone)]
+pub struct FeedConfig {
+    /// The control plane.
+    pub channel: ChannelConfig,
+    /// Who asks.
+    pub node: Node,
+    /// Types to subscribe to, in the order in which they are asked for.
+    pub types: Vec<&'static str>,
+}
+
+/// A node's description of itself (`wire-protocol.md` X6).
+pub fn node(instance: &str, pod: &str, namespace: &str, metadata: &[(&str, &str)]) -> Node {
+    let fields = metadata.iter().map(|(key, value)| {
+        let value =
+            prost_types::Value { kind: Some(prost_types::value::Kind::StringValue((*value).to_owned())) };
+        ((*key).to_owned(), value)
+    });
+    Node {
+        id: format!("ztunnel~{instance}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
+        cluster: "ztunnel".to_owned(),
+        metadata: Some(prost_types::Struct { fields: fields.collect::<BTreeMap<_, _>>() }),
+    }
+}
+
+/// Puts a new world in force: kernel maps, routes, live connections.
+pub trait Apply: Send + Sync + 'static {
+    /// Returns when `world` is in force, or why it is not; `changes` lead from the last world that was to this one.
+    fn apply<'a>(&'a self, world: Arc<Snapshot>, changes: &'a [Change]) -> BoxFuture<'a, Result<(), String>>;
+}
+
+/// For those who only read the snapshot.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NothingToApply;
+
+impl Apply for NothingToApply {
+    fn apply<'a>(&'a self, _: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// How the feed is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FeedStatus {
+    /// A stream is open.
+    pub connected: bool,
+    /// Types that have not been answered since the process started; empty means ready.
+    pub pending: BTreeSet<&'static str>,
+    /// Attempts that failed since the last response.
+    pub failures: u32,
+    /// The last failure.
+    pub error: Option<String>,
+    /// Resources that were rejected and have not been replaced by good ones, with the reason.
+    pub rejected: BTreeMap<String, String>,
+}
+
+/// What the rest of the process sees of the feed.
+#[derive(Clone, Debug)]
+pub struct FeedHandle {
+    /// The newest world.
+    pub world: watch::Receiver<Arc<Snapshot>>,
+    /// How the feed is doing.
+    pub status: watch::Receiver<FeedStatus>,
+}
+
+impl FeedHandle {
+    /// Whether every type was answered once.
+    pub fn is_ready(&self) -> bool {
+        self.status.borrow().pending.is_empty()
+    }
+
+    /// Waits until every type was answered once.
+    pub async fn ready(&self) {
+        let mut status = self.status.clone();
+        // Fails only when the feed is gone; then nobody becomes ready any more.
+        if status.wait_for(|status| status.pending.is_empty()).await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+/// The client side of the feed; the one writer of the snapshot.
+pub struct Feed {
+    types: Vec<&'static str>,
+    node: Node,
+    channel: AuthorizedChannel,
+    apply: Arc<dyn Apply>,
+    metrics: Arc<Metrics>,
+    chance: Chance,
+    world: watch::Sender<Arc<Snapshot>>,
+    status: watch::Sender<FeedStatus>,
+    /// Per type, every name that we hold or have rejected, with its version; empty asks to send it again.
+    versions: HashMap<&'static str, HashMap<String, String>>,
+    /// Changes of worlds that could not be put in force.
+    unapplied: Vec<Change>,
+}
+
+/// How a stream ended.
+enum StreamEnd {
+    Drain,
+    Closed,
+    NoConnection(Status),
+    Failed(Status),
+}
+
+enum Event {
+    Drain,
+    Response(Result<Option<DeltaDiscoveryResponse>, Status>),
+}
+
+impl Feed {
+    /// A feed that has not begun.
+    ///
+    /// # Errors
+    /// The channel's configuration is wrong.
+    pub fn new(
+        config: FeedConfig,
+        apply: Arc<dyn Apply>,
+        metrics: Arc<Metrics>,
+        chance: Chance,
+    ) -> Result<(Self, FeedHandle), GrpcError> {
+        let channel = channel(&config.channel)?;
+        let (world, world_rx) = watch::channel(Arc::new(Snapshot::default()));
+        let pending = config.types.iter().copied().collect();
+        let (status, status_rx) = watch::channel(FeedStatus { pending, ..FeedStatus::default() });
+        let feed = Self {
+            types: config.types,
+            node: config.node,
+            channel,
+            apply,
+            metrics,
+            chance,
+            world,
+            status,
+            versions: HashMap::new(),
+            unapplied: Vec::new(),
+        };
+        Ok((feed, FeedHandle { world: world_rx, status: status_rx }))
+    }
+
+    /// Runs until the drain is forced: what drains still wants to know of policy changes.
+    pub async fn run(mut self, draining: Draining) {
+        loop {
+            let before = self.status.borrow().failures;
+            let end = self.stream(&draining).await;
+            let (reason, error) = match end {
+                StreamEnd::Drain => return,
+                StreamEnd::Closed => (FeedTermination::Complete, "the server ended the stream".to_owned()),
+                StreamEnd::NoConnection(status) => (FeedTermination::ConnectionError, told(&status)),
+                StreamEnd::Failed(status) => (FeedTermination::Error, told(&status)),
+            };
+            self.metrics.feed_terminated(reason);
+            let mut failures = 0;
+            self.status.send_modify(|status| {
+                status.connected = false;
+                status.failures += 1;
+                status.error = Some(error.clone());
+                failures = status.failures;
+            });
+            let wait = self.wait(failures);
+            // One line per outage, and one when it is over.
+            if before == 0 {
+                tracing::warn!(%error, "the control plane is lost; what was received stays in force");
+            } else {
+                tracing::debug!(%error, ?wait, "no stream to the control plane");
+            }
+            tokio::select! {
+                () = draining.forced() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    fn wait(&self, failures: u32) -> Duration {
+        let (first, last) = FEED_BACKOFF;
+        let base = first.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(last);
+        self.chance.jitter(base, JITTER)
+    }
+
+    /// One stream, from its opening to its end.
+    async fn stream(&mut self, draining: &Draining) -> StreamEnd {
+        let opened = tokio::select! {
+            () = draining.forced() => return StreamEnd::Drain,
+            opened = tokio::time::timeout(OPEN, self.open()) => opened,
+        };
+        let (requests, mut responses) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(status)) => return StreamEnd::NoConnection(status),
+            Err(_) => return StreamEnd::NoConnection(Status::deadline_exceeded("no answer to the stream")),
+        };
+        self.status.send_modify(|status| status.connected = true);
+        loop {
+            let event = tokio::select! {
+                () = draining.forced() => Event::Drain,
+                got = responses.message() => Event::Response(got),
+            };
+            let response = match event {
+                Event::Drain => return StreamEnd::Drain,
+                Event::Response(Ok(Some(response))) => response,
+                Event::Response(Ok(None)) => return StreamEnd::Closed,
+                Event::Response(Err(status)) => return StreamEnd::Failed(status),
+            };
+            let answer = self.response(response).await;
+            if !matches!(tokio::time::timeout(HOLD, requests.send(answer)).await, Ok(Ok(()))) {
+                return StreamEnd::Failed(Status::unavailable("the server does not take answers"));
+            }
+        }
+    }
+
+    async fn open(
+        &self,
+    ) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), Status> {
+        let (requests, outgoing) = mpsc::channel(REQUESTS.max(self.types.len()));
+        for type_url in &self.types {
+            let request = DeltaDiscoveryRequest {
+                node: Some(self.node.clone()),
+                type_url: (*type_url).to_owned(),
+                initial_resource_versions: self.versions.get(type_url).cloned().unwrap_or_default(),
+                ..DeltaDiscoveryRequest::default()
+            };
+            // The channel was made large enough.
+            requests.try_send(request).map_err(|error| Status::internal(error.to_string()))?;
+        }
+        let mut grpc = Grpc::new(self.channel.clone()).max_decoding_message_size(FEED_MESSAGE_BYTES);
+        grpc.ready().await.map_err(|error| Status::from_error(Box::new(error)))?;
+        let path = http::uri::PathAndQuery::from_static(DELTA_PATH);
+        let codec = ProstCodec::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>::default();
+        let answer = grpc.streaming(Request::new(ReceiverStream::new(outgoing)), path, codec).await?;
+        Ok((requests, answer.into_inner()))
+    }
+
+    /// Puts one response in force and builds its answer.
+    async fn response(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        self.metrics.feed_message(&response.type_url, response.encoded_len());
+        let mut answer = DeltaDiscoveryRequest {
+            type_url: response.type_url.clone(),
+            response_nonce: response.nonce.clone(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        // X10: what we do not know we did not ask for; it is nobody's fault.
+        let Some(type_url) = self.types.iter().copied().find(|known| *known == response.type_url) else {
+            return answer;
+        };
+        let batch = Batch::prepare(type_url, &response);
+        let next = Arc::new(self.world.borrow().with(batch.changes.iter().cloned()));
+        self.world.send_replace(next.clone());
+        self.unapplied.extend(batch.changes.iter().cloned());
+        let applied = self.apply.apply(next, &self.unapplied).await;
+        batch.remember(self.versions.entry(type_url).or_default(), applied.is_ok());
+        let mut complaints: Vec<String> = batch.rejected.iter().map(ToString::to_string).collect();
+        match applied {
+            Ok(()) => self.unapplied.clear(),
+            Err(reason) => {
+                tracing::error!(type_url, reason, "an update is not in force");
+                let name = batch.first_name().unwrap_or(type_url);
+                complaints.push(format!("{name}: not in force: {reason}"));
+            }
+        }
+        self.note(type_url, &batch);
+        if !complaints.is_empty() {
+            answer.error_detail = Some(RpcStatus { code: 0, message: joined(&complaints) });
+        }
+        answer
+    }
+
+    fn note(&self, type_url: &'static str, batch: &Batch) {
+        let in_force = self.unapplied.is_empty();
+        self.status.send_modify(|status| {
+            if status.failures > 0 {
+                tracing::info!("the control plane is back");
+            }
+            status.failures = 0;
+            status.error = None;
+            if in_force {
+                status.pending.remove(type_url);
+            }
+            for name in batch.settled() {
+                status.rejected.remove(name);
+            }
+            for rejected in &batch.rejected {
+                status.rejected.insert(rejected.name.clone(), rejected.reason.clone());
+            }
+        });
+    }
+}
+
+/// The complaints of a NACK as one text of bounded length.
+fn joined(complaints: &[String]) -> String {
+    let mut text = complaints.join("; ");
+    if text.len() > NACK_BYTES {
+        text.truncate(text.floor_char_boundary(NACK_BYTES));
+        text.push_str("...");
+    }
+    text
+}
+
+/// A status with its causes: tonic's own text for a failed connect says only "transport error".
+fn told(status: &Status) -> String {
+    let mut text = format!("{}: {}", status.code(), status.message());
+    let mut source = std::error::Error::source(status);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;
