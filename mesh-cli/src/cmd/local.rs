@@ -1,9 +1,9 @@
 //! `meshctl local`: a mesh on this machine, from a folder of Kubernetes YAML.
 
 use std::{
-    collections::BTreeMap,
     fs::File,
     io::{ErrorKind, Write as _},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     thread,
@@ -14,11 +14,12 @@ use anyhow::{Context as _, bail};
 
 use crate::local::{
     cgroup::Group,
+    expand::Key,
     guardian::{self, Owner},
     layout::{Layout, ProcessId},
     namespace::{EnterArgs, SELF, enter},
     rpc,
-    status::{PodStatus, Status},
+    status::Status,
 };
 
 /// Between two looks at a mesh that is waited for.
@@ -134,6 +135,7 @@ fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     Owner { guardian: own, supervisor: None }.write(&layout)?;
     let log = File::create(layout.log("supervisor"))?;
     let guardian = Command::new(SELF)
+        .arg0("meshctl")
         .args(["internal", "guardian", "--name", name, "--folder"])
         .arg(&folder)
         .stdin(Stdio::null())
@@ -221,10 +223,20 @@ fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The status of a mesh that runs; one that crashed is cleaned up, and is an error.
+/// The status of a mesh that runs.
 fn live(layout: &Layout, group: &Group, name: &str) -> anyhow::Result<Status> {
+    alive(layout, group, name, || rpc::status(&layout.socket()))
+}
+
+/// Asks a mesh that runs; one that crashed is cleaned up, and is an error.
+fn alive<T>(
+    layout: &Layout,
+    group: &Group,
+    name: &str,
+    ask: impl FnOnce() -> std::io::Result<T>,
+) -> anyhow::Result<T> {
     if guardian::running(layout) {
-        return rpc::status(&layout.socket()).with_context(|| {
+        return ask().with_context(|| {
             format!(
                 "the supervisor of `{name}` does not answer; its log is {}",
                 layout.log("supervisor").display()
@@ -240,22 +252,20 @@ fn live(layout: &Layout, group: &Group, name: &str) -> anyhow::Result<Status> {
 
 fn exec(args: &ExecArgs) -> anyhow::Result<ExitCode> {
     let (layout, group) = places(&args.name.name)?;
-    let status = live(&layout, &group, &args.name.name)?;
-    let pod = find(&status, &args.namespace, &args.pod)?;
-    let holder = pod.holder.with_context(|| format!("pod {} has no namespace yet", args.pod))?;
-    let cgroup = group.child(&format!("{}.{}", pod.namespace, pod.name));
+    let place = alive(&layout, &group, &args.name.name, || {
+        rpc::place(&layout.socket(), Key::new(&args.namespace, &args.pod))
+    })?;
+    let place = place.map_err(|reason| anyhow::anyhow!(reason))?;
     let enter_args = EnterArgs {
         parent: None,
-        cgroup: Some(cgroup.path().to_owned()),
-        holder: Some(holder),
+        cgroup: Some(place.cgroup),
+        holder: Some(place.holder),
         uid: None,
         gid: None,
         cwd: None,
         command: args.command.clone(),
     };
-    let path = program_path()?;
-    let env = BTreeMap::from([("HOSTNAME".to_owned(), pod.name.clone()), ("PATH".to_owned(), path)]);
-    match enter(&enter_args, Some(&env)) {
+    match enter(&enter_args, Some(&place.env)) {
         Ok(()) => bail!("a program that was started cannot end here"),
         // The codes that shells use for it.
         Err(error) => {
@@ -266,21 +276,6 @@ fn exec(args: &ExecArgs) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(if missing { 127 } else { 126 }))
         }
     }
-}
-
-/// The pod of this name, else the first one of the workload of this name.
-fn find<'a>(status: &'a Status, namespace: &str, name: &str) -> anyhow::Result<&'a PodStatus> {
-    let name = name.rsplit_once('/').map_or(name, |(_, name)| name);
-    let mut pods = status.pods.iter().filter(|pod| pod.namespace == namespace);
-    let exact = pods.clone().find(|pod| pod.name == name);
-    let start = format!("{name}-");
-    exact
-        .or_else(|| pods.find(|pod| pod.name.starts_with(&start) && pod.why.as_deref() != Some("stopping")))
-        .with_context(|| {
-            let names: Vec<String> =
-                status.pods.iter().map(|pod| format!("{}/{}", pod.namespace, pod.name)).collect();
-            format!("there is no pod {namespace}/{name}; there are: {}", names.join(" "))
-        })
 }
 
 fn down(name: &str) -> anyhow::Result<ExitCode> {

@@ -84,16 +84,18 @@ impl Document {
 /// # Errors
 /// The first document that is no YAML or no object: the file as a whole then counts as broken, so that its last good
 /// content stays in force.
-pub fn parse(file: &str, text: &str) -> Result<Vec<Document>, Problem> {
+pub fn parse(file: &str, text: &str) -> Result<Vec<Document>, Box<Problem>> {
     let mut documents = Vec::new();
     for (line, last_line, part) in split(text) {
-        let broken = |line: usize, reason: String| Problem {
-            file: file.to_owned(),
-            line,
-            object: String::new(),
-            field: String::new(),
-            reason,
-            severity: "error".to_owned(),
+        let broken = |line: usize, reason: String| {
+            Box::new(Problem {
+                file: file.to_owned(),
+                line,
+                object: String::new(),
+                field: String::new(),
+                reason,
+                severity: "error".to_owned(),
+            })
         };
         let value: Value = serde_yaml_ng::from_str(&part).map_err(|error| {
             let at = error.location().map_or(line, |place| line + place.line().saturating_sub(1));

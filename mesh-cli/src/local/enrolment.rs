@@ -30,6 +30,7 @@ mod tests {
                 labels: pod.map(|mode| (DATAPLANE_MODE.to_owned(), mode.to_owned())).into_iter().collect(),
                 annotations: Default::default(),
                 spec: Default::default(),
+                workload: (String::new(), Key::new("", "")),
                 owner: None,
                 node: String::new(),
                 waypoint: None,

@@ -72,6 +72,8 @@ pub struct WantedPod {
     pub annotations: BTreeMap<String, String>,
     /// What to run.
     pub spec: PodSpec,
+    /// The object that asks for it: kind and key.
+    pub workload: (String, Key),
     /// The controller, when there is one.
     pub owner: Option<Owner>,
     /// The node that it runs on.
@@ -185,7 +187,7 @@ pub fn expand<'a>(
             kind if is_workload(kind) => workload(document).map(|more| drafts.extend(more)),
             _ => Ok(()),
         };
-        wanted.problems.extend(read.err());
+        wanted.problems.extend(read.err().map(|problem| *problem));
     }
     let mut placement = Placement::new(&wanted.nodes, placed);
     let mut seen = HashMap::new();
@@ -209,15 +211,16 @@ pub fn expand<'a>(
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check(document: &Document) -> Result<(), Problem> {
+pub fn check(document: &Document) -> Result<(), Box<Problem>> {
     if is_workload(&document.kind) { workload(document).map(drop) } else { Ok(()) }
 }
 
 /// Reads a document as `T`, naming the field that does not fit.
-pub fn typed<T: DeserializeOwned>(document: &Document) -> Result<T, Problem> {
+pub fn typed<T: DeserializeOwned>(document: &Document) -> Result<T, Box<Problem>> {
     serde_path_to_error::deserialize(&document.value).map_err(|error| {
         let path = error.path().to_string();
-        document.problem(if path == "." { "" } else { &path }, error.into_inner().to_string())
+        let field = if path == "." { "" } else { &path };
+        Box::new(document.problem(field, error.into_inner().to_string()))
     })
 }
 
@@ -259,7 +262,7 @@ enum Shape {
     EveryNode,
 }
 
-fn workload(document: &Document) -> Result<Vec<Draft>, Problem> {
+fn workload(document: &Document) -> Result<Vec<Draft>, Box<Problem>> {
     let (template, shape) = match document.kind.as_str() {
         "Pod" => {
             let pod: Pod = typed(document)?;
@@ -284,19 +287,21 @@ fn workload(document: &Document) -> Result<Vec<Draft>, Problem> {
         _ => (typed::<DaemonSet>(document)?.spec.unwrap_or_default().template, Shape::EveryNode),
     };
     let base = if document.kind == "Pod" { "spec" } else { "spec.template.spec" };
-    let spec = template.spec.as_ref().ok_or_else(|| document.problem(base, "required"))?;
+    let spec = template.spec.as_ref().ok_or_else(|| Box::new(document.problem(base, "required")))?;
     runnable(document, base, spec)?;
     if let Shape::Replicas(count) | Shape::Ordered(count) = shape
         && !(0..=MAX_REPLICAS).contains(&count)
     {
-        return Err(document.problem("spec.replicas", format!("must be 0 to {MAX_REPLICAS}")));
+        let reason = format!("must be 0 to {MAX_REPLICAS}");
+        return Err(Box::new(document.problem("spec.replicas", reason)));
     }
     Ok(vec![Draft { document: document.clone(), template, shape, waypoint: None }])
 }
 
 /// Refuses what a pod of this machine cannot be.
-fn runnable(document: &Document, base: &str, spec: &PodSpec) -> Result<(), Problem> {
-    let refuse = |field: &str, reason: &str| Err(document.problem(&format!("{base}.{field}"), reason));
+fn runnable(document: &Document, base: &str, spec: &PodSpec) -> Result<(), Box<Problem>> {
+    let refuse =
+        |field: &str, reason: &str| Err(Box::new(document.problem(&format!("{base}.{field}"), reason)));
     if spec.host_network == Some(true) {
         return refuse("hostNetwork", "not supported in local mode: every pod has a namespace of its own");
     }
@@ -415,6 +420,7 @@ impl Draft {
             Shape::EveryNode => Some(Owner { kind: "DaemonSet", name: base.clone() }),
         };
         WantedPod {
+            workload: (self.document.kind.clone(), Key::new(&self.document.namespace, base)),
             key,
             labels,
             annotations: metadata.annotations.unwrap_or_default(),

@@ -43,7 +43,7 @@ impl Folder {
             changed = true;
             match parse(&path, &text) {
                 Ok(documents) => (file.documents, file.broken) = (documents, None),
-                Err(problem) => file.broken = Some(problem),
+                Err(problem) => file.broken = Some(*problem),
             }
             file.text = text;
         }

@@ -5,6 +5,7 @@
 
 use std::{
     fs, io,
+    os::unix::process::CommandExt as _,
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -104,6 +105,7 @@ pub fn run(layout: &Layout, group: &Group, arguments: &[String]) -> anyhow::Resu
 
 fn supervise(layout: &Layout, arguments: &[String]) -> anyhow::Result<()> {
     let mut child = Command::new(SELF)
+        .arg0("meshctl")
         .args(["internal", "supervise", "--parent", &std::process::id().to_string()])
         .args(arguments)
         .stdin(Stdio::null())

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
     path::PathBuf,
     process::{Command, ExitStatus, Stdio},
     sync::Arc,
@@ -206,6 +206,7 @@ fn wait_to_stop(shared: &Shared, delay: Duration) -> bool {
 fn run_once(program: &Program, shared: &Shared, changed: &impl Fn()) -> io::Result<ExitStatus> {
     let log = open_log(&program.log)?;
     let mut command = Command::new(SELF);
+    command.arg0("meshctl");
     command.args(["internal", "enter"]).args(&program.place).arg("--").args(&program.command);
     command.env_clear().envs(&program.env);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);

@@ -215,6 +215,7 @@ impl Holder {
     pub fn start(holding: &Holding<'_>) -> anyhow::Result<Self> {
         holding.group.create().context("make a cgroup")?;
         let mut command = Command::new(SELF);
+        command.arg0("meshctl");
         command.args(["internal", "pause", "--parent", &std::process::id().to_string(), "--cgroup"]);
         command.arg(holding.group.path());
         if let Some(hostname) = holding.hostname {

@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_net::admin::Method;
 use parking_lot::{Condvar, Mutex};
 use serde_json::json;
 
@@ -126,6 +127,10 @@ pub struct Pod {
     pub index: u8,
     /// As wanted now: labels and annotations may be newer than at its birth.
     pub wanted: WantedPod,
+    /// The environment of its first container.
+    pub env: BTreeMap<String, String>,
+    /// Since when nobody wants it any more.
+    pub superseded: Option<Instant>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -141,8 +146,10 @@ impl Pod {
         });
         let (uid, net, index, wanted) = (birth.uid.clone(), birth.net, birth.index, birth.wanted.clone());
         let inside = Arc::clone(&shared);
+        let env = birth.programs.first().map(|(_, launch)| launch.env.clone()).unwrap_or_default();
         let thread = thread::spawn(move || Life { birth, shared: inside, changed }.live());
-        Self { uid, ips: vec![v4.into(), v6.into()], net, index, wanted, shared, thread: Some(thread) }
+        let ips = vec![v4.into(), v6.into()];
+        Self { uid, ips, net, index, wanted, env, superseded: None, shared, thread: Some(thread) }
     }
 
     /// What is the case now.
@@ -301,12 +308,12 @@ impl Life {
                 let Some(agent) = agent else {
                     return Err(format!("the agent of {} is not running", self.birth.wanted.node));
                 };
-                self.call("PUT", "", &self.enrol_request(body.holder.pid()))?;
+                self.call(Method::PUT, "", &self.enrol_request(body.holder.pid()))?;
                 body.enrolled_by = Some(agent);
                 Ok(())
             }
             (false, Some(_)) => {
-                self.call("DELETE", "?mode=leave", "")?;
+                self.call(Method::DELETE, "?mode=leave", "")?;
                 body.enrolled_by = None;
                 Ok(())
             }
@@ -327,13 +334,14 @@ impl Life {
         .to_string()
     }
 
-    fn call(&self, method: &str, query: &str, body: &str) -> Result<(), String> {
+    fn call(&self, method: Method, query: &str, body: &str) -> Result<(), String> {
         let uri = format!("/pods/{}{query}", self.birth.uid);
         let socket = &self.birth.node.enrol_socket;
+        let delete = method == Method::DELETE;
         match http::call(socket, method, &uri, body.as_bytes().to_vec()) {
             Ok((200..=299, _)) => Ok(()),
             // Gone already is what was asked for.
-            Ok((404, _)) if method == "DELETE" => Ok(()),
+            Ok((404, _)) if delete => Ok(()),
             Ok((status, body)) => {
                 Err(format!("the agent answered {status}: {}", String::from_utf8_lossy(&body).trim()))
             }
@@ -421,7 +429,7 @@ impl Life {
             container.stop(Duration::ZERO);
         }
         if body.enrolled_by.is_some() {
-            let _ = self.call("DELETE", "?mode=deleted", "");
+            let _ = self.call(Method::DELETE, "?mode=deleted", "");
         }
         let _ = self.birth.group.destroy();
     }
@@ -442,7 +450,7 @@ impl Life {
                 container.stop(deadline.saturating_duration_since(Instant::now()));
             }
             if body.enrolled_by.is_some()
-                && let Err(error) = self.call("DELETE", "?mode=deleted", "")
+                && let Err(error) = self.call(Method::DELETE, "?mode=deleted", "")
             {
                 tracing::warn!(pod = %self.birth.wanted.key, error, "the agent was not told that a pod is gone");
             }

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf, thread};
 
+use mesh_net::admin::Method;
+
 use super::{
     document::Problem,
     expand::{Key, Wanted},
@@ -84,9 +86,9 @@ impl Draft {
         let (control, ready) = thread::scope(|scope| {
             let asked: Vec<_> = sockets
                 .iter()
-                .map(|socket| scope.spawn(|| http::call(socket, "GET", "/healthz/ready", Vec::new())))
+                .map(|socket| scope.spawn(|| http::call(socket, Method::GET, "/healthz/ready", Vec::new())))
                 .collect();
-            let control = http::call(&control_socket, "GET", "/status", Vec::new());
+            let control = http::call(&control_socket, Method::GET, "/status", Vec::new());
             let ready: Vec<_> = asked.into_iter().map(|one| one.join().ok()).collect();
             (control, ready)
         });

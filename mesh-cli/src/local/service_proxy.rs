@@ -17,6 +17,11 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mesh_net::{
+    drain::Draining,
+    listen::{Accepting, Reserve, accept_loop},
+    task::TaskGroup,
+};
 use nix::sched::{CloneFlags, setns};
 use notify::{RecursiveMode, Watcher as _};
 use parking_lot::RwLock;
@@ -25,7 +30,6 @@ use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    task::{AbortHandle, JoinSet},
     time::{sleep, timeout},
 };
 
@@ -33,7 +37,7 @@ use super::services::ForwardTable;
 
 /// TCP connect to an endpoint; as for the agents.
 const CONNECT: Duration = mesh_core::limits::CONNECT;
-/// Between two tries to bind or accept, when the first failed.
+/// Between two tries to bind.
 const RETRY: Duration = Duration::from_millis(200);
 /// A change that the watch missed is seen after this long.
 const REREAD: Duration = Duration::from_secs(5);
@@ -64,6 +68,13 @@ pub fn run(args: &ServiceProxyArgs) -> anyhow::Result<()> {
 /// The endpoints behind one listener.
 type Behind = Arc<RwLock<Arc<[SocketAddr]>>>;
 
+/// One service address and port.
+struct Listening {
+    behind: Behind,
+    /// Accepting, and the connections that were accepted.
+    tasks: [TaskGroup; 2],
+}
+
 async fn serve(table: &Path) -> anyhow::Result<()> {
     let (changed, mut changes) = mpsc::channel(1);
     let mut watcher = notify::recommended_watcher(move |_| {
@@ -72,32 +83,37 @@ async fn serve(table: &Path) -> anyhow::Result<()> {
     })?;
     let folder = table.parent().context("the table is in no folder")?;
     watcher.watch(folder, RecursiveMode::NonRecursive).context("watch the table's folder")?;
-    let mut listeners: HashMap<SocketAddr, (Behind, AbortHandle)> = HashMap::new();
-    let mut tasks = JoinSet::new();
+    let mut listeners: HashMap<SocketAddr, Listening> = HashMap::new();
     loop {
         if let Some(wanted) = read(table) {
-            listeners.retain(|address, (_, task)| {
-                let stays = wanted.0.contains_key(address);
-                if !stays {
-                    task.abort();
-                }
-                stays
-            });
-            for (address, endpoints) in wanted.0 {
-                let endpoints: Arc<[SocketAddr]> = endpoints.into();
-                match listeners.get(&address) {
-                    Some((behind, _)) => *behind.write() = endpoints,
-                    None => {
-                        let behind: Behind = Arc::new(RwLock::new(endpoints));
-                        let task = tasks.spawn(listen(address, Arc::clone(&behind)));
-                        listeners.insert(address, (behind, task));
-                    }
-                }
-            }
+            apply(&mut listeners, wanted);
         }
-        // Either way the table is read again; reaping ended tasks is the other reason to pass here.
+        // Either way the table is read again.
         let _ = timeout(REREAD, changes.recv()).await;
-        while tasks.try_join_next().is_some() {}
+    }
+}
+
+fn apply(listeners: &mut HashMap<SocketAddr, Listening>, wanted: ForwardTable) {
+    listeners.retain(|address, listening| {
+        let stays = wanted.0.contains_key(address);
+        if !stays {
+            listening.tasks.iter().for_each(TaskGroup::cancel);
+        }
+        stays
+    });
+    for (address, endpoints) in wanted.0 {
+        let endpoints: Arc<[SocketAddr]> = endpoints.into();
+        if let Some(listening) = listeners.get(&address) {
+            *listening.behind.write() = endpoints;
+            continue;
+        }
+        let listening = Listening {
+            behind: Arc::new(RwLock::new(endpoints)),
+            tasks: [TaskGroup::new(), TaskGroup::new()],
+        };
+        let connections = listening.tasks[1].clone();
+        listening.tasks[0].spawn(listen(address, Arc::clone(&listening.behind), connections));
+        listeners.insert(address, listening);
     }
 }
 
@@ -110,10 +126,9 @@ fn read(path: &Path) -> Option<ForwardTable> {
         .ok()
 }
 
-/// Accepts until it is dropped, with the connections that it accepted.
-async fn listen(address: SocketAddr, behind: Behind) {
+/// Accepts until it is cancelled.
+async fn listen(address: SocketAddr, behind: Behind, tasks: TaskGroup) {
     let turn = AtomicUsize::new(0);
-    let mut connections = JoinSet::new();
     let listener = loop {
         match TcpListener::bind(address).await {
             Ok(listener) => break listener,
@@ -123,19 +138,13 @@ async fn listen(address: SocketAddr, behind: Behind) {
             }
         }
     };
-    loop {
-        while connections.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((client, _)) => {
-                let endpoints = Arc::clone(&behind.read());
-                connections.spawn(forward(client, endpoints, turn.fetch_add(1, Ordering::Relaxed)));
-            }
-            Err(error) => {
-                tracing::warn!(%address, %error, "cannot accept");
-                sleep(RETRY).await;
-            }
-        }
-    }
+    let accepting =
+        Accepting { name: "service", draining: Draining::never(), tasks, reserve: Reserve::new().ok() };
+    accept_loop(listener, accepting, move |client, _| {
+        let endpoints = Arc::clone(&behind.read());
+        forward(client, endpoints, turn.fetch_add(1, Ordering::Relaxed))
+    })
+    .await;
 }
 
 /// One connection to its end. What cannot be forwarded is reset, as if nobody listened.

@@ -20,6 +20,7 @@ use rand::Rng as _;
 
 use super::{
     address::{Addresses, NodeNet},
+    cgroup::Group,
     document::{Document, Problem},
     environment::{self, Facts, Launch},
     expand::{self, Key, Wanted, WantedPod},
@@ -33,12 +34,15 @@ use super::{
     objects::{self, PodFacts, Rendered},
     pod::{Desired, Pod, PodBirth, base_environment},
     report::Draft,
-    rpc,
+    rpc::{self, Place},
     services::{self, Endpoint, PlacedService},
 };
 
 /// The folder is read again this often even when no watch told of a change.
 const RESCAN: Duration = Duration::from_secs(2);
+
+/// Pods that are replaced wait this long for their successors.
+const REPLACE: Duration = Duration::from_secs(30);
 
 /// What wakes the supervisor.
 #[derive(Debug)]
@@ -49,6 +53,8 @@ pub enum Event {
     Changed,
     /// Someone asks for the status, after a rescan.
     Status(SyncSender<Draft>),
+    /// Someone wants to run a program in a pod.
+    Place(Key, SyncSender<Result<Place, String>>),
     /// The mesh shall end.
     Down,
 }
@@ -130,6 +136,9 @@ impl Supervisor {
                     // Whoever asked may have gone.
                     let _ = reply.try_send(self.draft());
                 }
+                Ok(Event::Place(pod, reply)) => {
+                    let _ = reply.try_send(self.place(&pod));
+                }
                 Ok(Event::Down) | Err(RecvTimeoutError::Disconnected) => return,
             }
         }
@@ -179,7 +188,7 @@ impl Supervisor {
             let good = match expand::check(document) {
                 Ok(()) => Some(document.clone()),
                 Err(problem) => {
-                    problems.push(problem);
+                    problems.push(*problem);
                     self.last_good.get(&id).cloned()
                 }
             };
@@ -258,6 +267,7 @@ impl Supervisor {
         data: &BTreeMap<(String, Key), BTreeMap<String, String>>,
         problems: &mut Vec<Problem>,
     ) {
+        let replaced_later = self.replaced_later();
         let wanted: BTreeMap<&Key, &WantedPod> = self.wanted.pods.iter().map(|pod| (&pod.key, pod)).collect();
         for (key, pod) in &mut self.pods {
             match wanted.get(key) {
@@ -268,7 +278,9 @@ impl Supervisor {
                         pod.want(|desired| desired.enrol = enrol);
                     }
                 }
-                _ if !pod.desired().remove => pod.want(|desired| desired.remove = true),
+                _ if !pod.desired().remove && !replaced_later.contains(key) => {
+                    pod.want(|desired| desired.remove = true);
+                }
                 _ => {}
             }
         }
@@ -279,23 +291,45 @@ impl Supervisor {
             .collect();
         for want in new {
             if let Err(problem) = self.start_pod(want, data) {
-                problems.push(problem);
+                problems.push(*problem);
             }
         }
+    }
+
+    /// Pods of a changed workload that go on until those that replace them serve, but not for ever.
+    fn replaced_later(&mut self) -> BTreeSet<Key> {
+        let late: BTreeSet<&(String, Key)> = self
+            .wanted
+            .pods
+            .iter()
+            .filter(|want| !self.pods.get(&want.key).is_some_and(|pod| pod.observed().ready))
+            .map(|want| &want.workload)
+            .collect();
+        let wanted: BTreeSet<&Key> = self.wanted.pods.iter().map(|pod| &pod.key).collect();
+        let mut stay = BTreeSet::new();
+        for (key, pod) in self.pods.iter_mut().filter(|(key, _)| !wanted.contains(key)) {
+            let since = *pod.superseded.get_or_insert_with(Instant::now);
+            if late.contains(&pod.wanted.workload) && since.elapsed() < REPLACE {
+                stay.insert(key.clone());
+            }
+        }
+        stay
     }
 
     fn start_pod(
         &mut self,
         wanted: WantedPod,
         data: &BTreeMap<(String, Key), BTreeMap<String, String>>,
-    ) -> Result<(), Problem> {
-        let problem = |field: String, reason: String| Problem {
-            file: wanted.source.file.clone(),
-            line: wanted.source.line,
-            object: format!("Pod {}", wanted.key),
-            field,
-            reason,
-            severity: "error".to_owned(),
+    ) -> Result<(), Box<Problem>> {
+        let problem = |field: String, reason: String| {
+            Box::new(Problem {
+                file: wanted.source.file.clone(),
+                line: wanted.source.line,
+                object: format!("Pod {}", wanted.key),
+                field,
+                reason,
+                severity: "error".to_owned(),
+            })
         };
         let Some(node) = self.nodes.get(&wanted.node) else { return Ok(()) };
         let link = node.link();
@@ -310,7 +344,7 @@ impl Supervisor {
         })?;
         let birth = PodBirth {
             layout: self.ground.layout.clone(),
-            group: self.ground.group.child(&format!("{}.{}", wanted.key.namespace, wanted.key.name)),
+            group: self.group_of(&wanted.key),
             uid,
             net,
             index,
@@ -410,6 +444,24 @@ impl Supervisor {
         write_objects(&self.ground.layout.objects(), &self.rendered, &rendered)?;
         self.rendered = rendered;
         Ok(())
+    }
+
+    /// Where a pod's programs run; a workload's name stands for its first pod.
+    fn place(&self, wanted: &Key) -> Result<Place, String> {
+        let name = wanted.name.rsplit_once('/').map_or(wanted.name.as_str(), |(_, name)| name);
+        let key = Key::new(&wanted.namespace, name);
+        let of_workload =
+            || self.pods.values().find(|pod| pod.wanted.workload.1 == key && !pod.desired().remove);
+        let Some(pod) = self.pods.get(&key).or_else(of_workload) else {
+            let names: Vec<String> = self.pods.keys().map(ToString::to_string).collect();
+            return Err(format!("there is no pod {key}; there are: {}", names.join(" ")));
+        };
+        let holder = pod.observed().holder.ok_or_else(|| format!("pod {key} has no namespace yet"))?;
+        Ok(Place { holder, cgroup: self.group_of(&pod.wanted.key).path().to_owned(), env: pod.env.clone() })
+    }
+
+    fn group_of(&self, pod: &Key) -> Group {
+        self.ground.group.child(&format!("{}.{}", pod.namespace, pod.name))
     }
 
     fn draft(&self) -> Draft {
