@@ -7,6 +7,7 @@ use mesh_net::{
     BoxFuture,
     admin::{AdminRequest, AdminResponse, Handler},
     drain::Drain,
+    feed::FeedHandle,
     identity::CertificateManager,
     telemetry::LogControl,
     tunnel::Pool,
@@ -19,6 +20,8 @@ use crate::Waypoint;
 pub struct Admin {
     /// The program.
     pub waypoint: Arc<Waypoint>,
+    /// The control plane.
+    pub feed: FeedHandle,
     /// Own certificate.
     pub certificates: CertificateManager,
     /// Tunnels to endpoints.
@@ -56,7 +59,9 @@ impl Admin {
         if self.certificates.current(&self.waypoint.own).is_none() {
             pending.push("certificate");
         }
-        if !self.waypoint.view().is_ready() {
+        if !self.feed.is_ready() {
+            pending.push("control plane");
+        } else if !self.waypoint.view().is_ready() {
             pending.push("configuration");
         }
         if self.waypoint.draining.is_started() {
@@ -107,6 +112,7 @@ impl Admin {
             ("GET", "/metrics") => AdminResponse::metrics(self.waypoint.metrics.shared.render()),
             ("GET", "/config_dump") => self.dump(),
             ("GET", "/connections") => self.connections(),
+            ("GET", "/feed") => AdminResponse::json(200, &*self.feed.status.borrow()),
             ("GET", "/certificates") => AdminResponse::json(200, &self.certificates.status()),
             ("POST", "/drain") => {
                 self.drain.start();

@@ -20,7 +20,6 @@ use crate::{
 
 /// Why an answer is not simply the application's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::upper_case_acronyms, reason = "these are the names that operators know")]
 pub enum Flag {
     /// No healthy upstream.
     UH,

@@ -1,5 +1,11 @@
 //! The L7 proxy end to end, in memory: a client's bytes in, an application's bytes out.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "the scenery of tests may panic and spawn"
+)]
+
 mod harness;
 
 use std::{

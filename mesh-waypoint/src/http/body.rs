@@ -155,11 +155,9 @@ impl Body for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         let this = &mut *self;
-        if let Some(deadline) = &mut this.deadline {
-            if deadline.as_mut().poll(cx).is_ready() {
-                this.fail(Flag::UT, "response_timeout", "");
-                return Poll::Ready(Some(Err(Broken::Timeout)));
-            }
+        if this.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+            this.fail(Flag::UT, "response_timeout", "");
+            return Poll::Ready(Some(Err(Broken::Timeout)));
         }
         let polled = match &mut this.source {
             Source::Local(body) => Pin::new(body).poll_frame(cx).map_err(|never| match never {}),

@@ -181,7 +181,7 @@ fn read_request_line(line: &[u8]) -> Result<bool, Malformed> {
     if method.is_empty()
         || !method.iter().all(|b| is_token(*b))
         || target.is_empty()
-        || target.iter().any(|b| bad(b))
+        || target.iter().any(bad)
     {
         return Err(Malformed::RequestLine);
     }

@@ -159,10 +159,11 @@ pub fn towards_upstream(
         headers.insert(header::UPGRADE, protocol.clone());
         connection.push("upgrade");
     }
-    if !http2 && !connection.is_empty() {
-        if let Ok(value) = HeaderValue::try_from(connection.join(", ")) {
-            headers.insert(header::CONNECTION, value);
-        }
+    if !http2
+        && !connection.is_empty()
+        && let Ok(value) = HeaderValue::try_from(connection.join(", "))
+    {
+        headers.insert(header::CONNECTION, value);
     }
 }
 

@@ -301,10 +301,9 @@ impl Lease {
         let tasks = pool.tasks.clone();
         let pool = Arc::downgrade(&pool);
         tasks.spawn(async move {
-            if let Ok(Ok(())) = timeout(limits::UPSTREAM_SETTLE, sender.ready()).await {
-                if let Some(pool) = pool.upgrade() {
-                    pool.put(key, sender);
-                }
+            let settled = timeout(limits::UPSTREAM_SETTLE, sender.ready()).await;
+            if let (Ok(Ok(())), Some(pool)) = (settled, pool.upgrade()) {
+                pool.put(key, sender);
             }
         });
     }

@@ -1,7 +1,5 @@
 //! A waypoint in memory: services and pods by name, applications as functions, clients on in-memory streams.
 
-#![allow(dead_code, reason = "each test file uses its part of the harness")]
-
 use std::{
     collections::{BTreeMap, HashMap},
     future::Future,
