@@ -31,4 +31,4 @@ pub struct Event {
     /// Retransmitted segments.
     pub retransmits: u32,
 }
-const _: () = assert!(size_of::<Event>() == 144);
+const _: () = assert!(size_of::<Event>() == 152);

@@ -225,6 +225,8 @@ pub struct FlowRecord {
     pub generation: u64,
     /// Cookie of the client's socket: only that one removes the record.
     pub socket: u64,
+    /// Cookie of the accepted socket of a direct flow; zero before there is one.
+    pub server_socket: u64,
     /// Cookie of the client's namespace.
     pub client_netns: u64,
     /// `FLOW_TO_AGENT` and so on.
@@ -240,7 +242,7 @@ pub struct FlowRecord {
     /// Always zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<FlowRecord>() == 112);
+const _: () = assert!(size_of::<FlowRecord>() == 120);
 
 /// `SOCKETS`: what connect decided, on the socket itself, so that it ends with it.
 #[repr(C)]
@@ -254,7 +256,7 @@ pub struct SocketState {
     /// Always zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<SocketState>() == 120);
+const _: () = assert!(size_of::<SocketState>() == 128);
 
 #[cfg(feature = "user")]
 mod pod {

@@ -110,6 +110,8 @@ pub struct DirectFlow {
     pub generation: u64,
     /// Cookie of the client's socket.
     pub socket: u64,
+    /// Cookie of the accepted socket, once there is one.
+    pub server_socket: Option<u64>,
 }
 
 /// What the maps should hold, apart from pods: the result of [`super::lower::lower`].
@@ -367,25 +369,5 @@ pub fn flag_of(reason: Reason) -> Flag {
         | Reason::LookupSelfUnrecorded
         | Reason::LookupRefused => Flag::NoFlowRecord,
         _ => Flag::KernelFault,
-    }
-}
-
-/// The programs' events as they come.
-pub struct Events {
-    pub(super) ring: tokio::io::unix::AsyncFd<aya::maps::RingBuf<aya::maps::MapData>>,
-}
-
-/// A stub until the reader is written.
-impl Events {
-    /// The next event.
-    ///
-    /// # Errors
-    /// When the ring cannot be waited for.
-    ///
-    /// # Cancel safety
-    /// Dropping the future loses no event.
-    pub async fn next(&mut self) -> io::Result<KernelEvent> {
-        let _ = self.ring.readable_mut().await?;
-        Err(io::Error::other("not yet"))
     }
 }

@@ -1,0 +1,232 @@
+//! sock_ops: the record before the SYN, its check after the handshake, its removal at close.
+//!
+//! ```text
+//!  connect ──► CONNECT_CB ──────────────► ACTIVE_ESTABLISHED ──► close
+//!  (state on    checks, then record       marks the record       removes the record
+//!   the socket)      │                          │
+//!                    ▼                          ▼
+//!               SYN ─► inbound (sk_lookup) ─► ACK ─► PASSIVE_ESTABLISHED on the other socket: met by the right one?
+//! ```
+
+use aya_ebpf::{
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+    },
+    programs::SockOpsContext,
+};
+use mesh_ebpf_common::{
+    event::{EVENT_CLOSED, EVENT_CUT, EVENT_OPENED, EVENT_REFUSED},
+    map::{
+        FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OWN, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord, PodEntry,
+        SocketState,
+    },
+    reason::Reason,
+};
+
+use crate::{
+    ctx::{self, Ends},
+    maps::{self, FLOWS, Figures, OWN_FLOWS},
+};
+
+/// One operation of any socket of the host.
+#[inline(always)]
+pub fn on(cx: &SockOpsContext) {
+    match cx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(cx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => active(cx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => passive(cx),
+        // The hook is called for other programs' sockets too; without a state of ours nothing happens.
+        BPF_SOCK_OPS_STATE_CB if ctx::new_state(cx) == BPF_TCP_CLOSE => closed(cx),
+        _ => {}
+    }
+}
+
+/// The source port is known, the SYN not yet sent.
+#[inline(always)]
+fn connecting(cx: &SockOpsContext) {
+    let netns = ctx::netns_of_ops(cx);
+    let Some(pod) = maps::capturing(netns) else { return };
+    let ends = ctx::ends(cx);
+    let socket = ctx::socket_of_ops(cx);
+    if socket.is_null() {
+        return maps::count(Reason::KernelFault);
+    }
+    if maps::is_ours(socket) {
+        // Only what arrives in this namespace is looked up here.
+        if maps::is_self(&ends.remote.ip, netns) {
+            if let Some(state) = maps::state_or_new(socket) {
+                state.record.kind = FLOW_OWN;
+                state.record.key.netns = netns;
+                record(cx, netns, &ends, state);
+            }
+        }
+        return;
+    }
+    let Some(state) = maps::state_or_new(socket) else {
+        maps::count(Reason::KernelFault);
+        ctx::divert(cx);
+        return;
+    };
+    match check(&state.record, netns, &ends) {
+        Ok(()) => record(cx, netns, &ends, state),
+        Err(reason) => block(cx, netns, pod, &ends, state, reason),
+    }
+}
+
+/// Is the decision about this very connection, and still good?
+#[inline(always)]
+fn check(decided: &FlowRecord, netns: u64, ends: &Ends) -> Result<(), Reason> {
+    let source_is_self = maps::is_self(&ends.local.ip, netns);
+    let as_decided = decided.key.dst == ends.remote.ip && decided.key.dport == ends.remote.port;
+    match decided.kind {
+        // The unspecified address becomes a loopback one on the way.
+        FLOW_SELF if decided.key.dport != ends.remote.port || !maps::is_self(&ends.remote.ip, netns) => {
+            Err(Reason::DestinationChanged)
+        }
+        FLOW_SELF if !source_is_self => Err(Reason::IllegalSource),
+        FLOW_SELF => Ok(()),
+        FLOW_TO_AGENT | FLOW_DIRECT if !as_decided => Err(Reason::DestinationChanged),
+        FLOW_TO_AGENT | FLOW_DIRECT if !maps::is_own_address(&ends.local.ip, netns) => Err(Reason::IllegalSource),
+        FLOW_DIRECT if decided.generation != maps::config().0 => Err(Reason::StaleGeneration),
+        FLOW_TO_AGENT | FLOW_DIRECT => Ok(()),
+        _ => Err(Reason::Undecided),
+    }
+}
+
+/// Writes the record.
+#[inline(always)]
+fn record(cx: &SockOpsContext, netns: u64, ends: &Ends, state: &mut SocketState) {
+    complete(cx, netns, ends, &mut state.record);
+    let map = if state.record.kind == FLOW_OWN { &OWN_FLOWS } else { &FLOWS };
+    if !ctx::watch_state(cx) || map.insert(&state.record.key, &state.record, 0).is_err() {
+        // Without a record a SYN to another address is dropped where it arrives, but a direct one would arrive as
+        // anonymous plaintext: it must not leave.
+        ctx::divert(cx);
+        maps::count(Reason::MapFull);
+        return maps::emit(EVENT_REFUSED, Reason::MapFull, &state.record, Figures::default());
+    }
+    state.recorded = 1;
+    maps::count(Reason::Recorded);
+}
+
+#[inline(always)]
+fn complete(cx: &SockOpsContext, netns: u64, ends: &Ends, record: &mut FlowRecord) {
+    record.key.src = ends.local.ip;
+    record.key.sport = ends.local.port;
+    record.key.dst = ends.remote.ip;
+    record.key.dport = ends.remote.port;
+    record.client_netns = netns;
+    record.socket = ctx::cookie_of_ops(cx);
+}
+
+/// A connect cannot be refused any more: its SYN goes to the pod's own loopback and finds a record that refuses it.
+#[inline(always)]
+fn block(cx: &SockOpsContext, netns: u64, pod: &PodEntry, ends: &Ends, state: &mut SocketState, reason: Reason) {
+    ctx::divert(cx);
+    state.record.kind = FLOW_REFUSED;
+    state.record.flags = 0;
+    state.record.src_pod = pod.id;
+    state.record.key.netns = netns;
+    complete(cx, netns, ends, &mut state.record);
+    // Where there is no room, there is no record either, and that refuses as well.
+    if ctx::watch_state(cx) && FLOWS.insert(&state.record.key, &state.record, 0).is_ok() {
+        state.recorded = 1;
+    }
+    maps::count(reason);
+    maps::emit(EVENT_REFUSED, reason, &state.record, Figures::default());
+}
+
+/// The client has the SYN-ACK: from now on the server's side may be believed.
+#[inline(always)]
+fn active(cx: &SockOpsContext) {
+    let socket = ctx::socket_of_ops(cx);
+    if socket.is_null() {
+        return;
+    }
+    let Some(state) = maps::state(socket) else { return };
+    if state.recorded == 0 || state.record.kind != FLOW_DIRECT {
+        return;
+    }
+    state.record.flags |= FLOW_ESTABLISHED;
+    if let Some(record) = FLOWS.get_ptr_mut(&state.record.key) {
+        // SAFETY: this socket's own record, which only its own close removes.
+        unsafe {
+            if (*record).socket == state.record.socket {
+                (*record).flags |= FLOW_ESTABLISHED;
+            }
+        }
+    }
+}
+
+/// An accepted connection: the last look before the application gets it.
+#[inline(always)]
+fn passive(cx: &SockOpsContext) {
+    let netns = ctx::netns_of_ops(cx);
+    if maps::capturing(netns).is_none() {
+        return;
+    }
+    let socket = ctx::socket_of_ops(cx);
+    if !socket.is_null() && maps::is_ours(socket) {
+        return maps::count(Reason::OpenedAgent);
+    }
+    let ends = ctx::ends(cx);
+    let key = FlowKey {
+        netns,
+        src: ends.remote.ip,
+        dst: ends.local.ip,
+        sport: ends.remote.port,
+        dport: ends.local.port,
+        pad: 0,
+    };
+    if OWN_FLOWS.get_ptr(&key).is_some() {
+        return maps::count(Reason::Opened);
+    }
+    // SAFETY: the record repeats its key, which is compared below; the agent only reads.
+    let reason = match FLOWS.get_ptr_mut(&key).map(|record| unsafe { &mut *record }) {
+        Some(record) if record.key != key => Reason::OpenedUnrecorded,
+        Some(record) if record.kind == FLOW_SELF => return maps::count(Reason::Opened),
+        Some(record) if record.kind != FLOW_DIRECT => Reason::OpenedUnrecorded,
+        Some(record) if record.generation != maps::config().0 => Reason::OpenedStale,
+        // Whoever completes the handshake before the recorded socket has the SYN-ACK is somebody else. With TCP Fast
+        // Open the accepted socket comes first; there the client's address is proven by its cookie.
+        Some(record) if record.flags & FLOW_ESTABLISHED == 0 && !ctx::by_syn(cx) => Reason::OpenedForged,
+        Some(record) => {
+            record.server_socket = ctx::cookie_of_ops(cx);
+            maps::count(Reason::Opened);
+            return maps::emit(EVENT_OPENED, Reason::Opened, record, Figures::default());
+        }
+        None => Reason::OpenedUnrecorded,
+    };
+    // What it sends goes to its own loopback and is answered by a reset, which ends it even without the agent; the
+    // agent ends it at once.
+    ctx::divert(cx);
+    maps::count(reason);
+    let record = FlowRecord { key, socket: ctx::cookie_of_ops(cx), client_netns: netns, ..FlowRecord::default() };
+    maps::emit(EVENT_CUT, reason, &record, Figures::default());
+}
+
+/// The record ends with its socket. No look at `PODS`: the pod may have left meanwhile.
+#[inline(always)]
+fn closed(cx: &SockOpsContext) {
+    let socket = ctx::socket_of_ops(cx);
+    if socket.is_null() {
+        return;
+    }
+    let Some(state) = maps::state(socket) else { return };
+    if state.recorded == 0 {
+        return;
+    }
+    state.recorded = 0;
+    let kind = state.record.kind;
+    let map = if kind == FLOW_OWN { &OWN_FLOWS } else { &FLOWS };
+    // SAFETY: only its socket is compared, and a cookie is never given twice.
+    if unsafe { map.get(&state.record.key) }.is_some_and(|record| record.socket == state.record.socket) {
+        let _ = map.remove(&state.record.key);
+    }
+    maps::count(Reason::Closed);
+    if kind == FLOW_DIRECT {
+        maps::emit(EVENT_CLOSED, Reason::Closed, &state.record, ctx::figures(cx));
+    }
+    state.record.kind = 0;
+}

@@ -1,0 +1,147 @@
+//! Ending a socket at once: `SOCK_DESTROY` of `inet_diag`, inside the namespace of the socket.
+//!
+//! A socket is always named by its cookie as well. Without it the kernel would take the listener when the connection
+//! has just ended.
+
+use std::{
+    fs::File,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    thread,
+};
+
+use nix::sched::{CloneFlags, setns};
+
+use super::sys;
+
+const SOCK_DESTROY: u16 = 21;
+const NLMSG_ERROR: u16 = 2;
+const MESSAGE_BYTES: usize = 16 + 56;
+
+/// A socket by which sockets of one namespace are ended.
+#[derive(Debug)]
+pub struct Diag {
+    socket: OwnedFd,
+    netns: u64,
+}
+
+impl Diag {
+    /// Opens one in `netns`, in a thread of its own so that the caller stays where it is.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn open(netns: &File) -> io::Result<Self> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                Self::here()
+            });
+            inside.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
+        })
+    }
+
+    /// Opens one in the caller's own namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn here() -> io::Result<Self> {
+        // SAFETY: plain socket(2), no pointers.
+        let fd = unsafe {
+            libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_SOCK_DIAG)
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given this descriptor to us alone.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        let netns = sys::netns_cookie(socket.as_fd())?;
+        Ok(Self { socket, netns })
+    }
+
+    /// Cookie of the namespace.
+    pub fn netns(&self) -> u64 {
+        self.netns
+    }
+
+    /// Ends the TCP socket with these ends and this cookie. False when there is none any more.
+    ///
+    /// # Errors
+    /// When the kernel cannot do this at all.
+    pub fn end(&self, local: SocketAddr, remote: SocketAddr, cookie: u64) -> io::Result<bool> {
+        let message = request(local, remote, cookie);
+        // SAFETY: the buffer is as long as told.
+        let sent = unsafe { libc::send(self.socket.as_raw_fd(), message.as_ptr().cast(), message.len(), 0) };
+        if sent < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut answer = [0_u8; 256];
+        // SAFETY: as above; the kernel answers a request with an acknowledgement before send(2) returns.
+        let got = unsafe {
+            libc::recv(self.socket.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), libc::MSG_DONTWAIT)
+        };
+        if got < 20 {
+            return Err(io::Error::last_os_error());
+        }
+        if u16::from_ne_bytes([answer[4], answer[5]]) != NLMSG_ERROR {
+            return Err(io::Error::other("inet_diag sent something else than an acknowledgement"));
+        }
+        match -i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]) {
+            0 => Ok(true),
+            libc::ENOENT | libc::ESTALE => Ok(false),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+/// True when the kernel can end sockets; asked with a socket that cannot exist.
+pub fn supported() -> bool {
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+    Diag::here().and_then(|diag| diag.end(nowhere, nowhere, 0)).is_ok()
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_req_v2`:
+/// ```text
+///  0 length u32 | 4 type u16 | 6 flags u16 | 8 sequence u32 | 12 port u32
+/// 16 family u8 | 17 protocol u8 | 18 extensions u8 | 19 pad | 20 states u32
+/// 24 source port be16 | 26 destination port be16 | 28 source [u8; 16] | 44 destination [u8; 16]
+/// 60 interface u32 | 64 cookie [u32; 2]
+/// ```
+fn request(local: SocketAddr, remote: SocketAddr, cookie: u64) -> [u8; MESSAGE_BYTES] {
+    let mut message = [0; MESSAGE_BYTES];
+    let mut put = |at: usize, bytes: &[u8]| message[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &(MESSAGE_BYTES as u32).to_ne_bytes());
+    put(4, &SOCK_DESTROY.to_ne_bytes());
+    put(6, &((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    put(16, &[family as u8, libc::IPPROTO_TCP as u8]);
+    put(20, &u32::MAX.to_ne_bytes());
+    put(24, &local.port().to_be_bytes());
+    put(26, &remote.port().to_be_bytes());
+    for (at, ip) in [(28, local.ip()), (44, remote.ip())] {
+        match ip {
+            IpAddr::V4(ip) => put(at, &ip.octets()),
+            IpAddr::V6(ip) => put(at, &ip.octets()),
+        }
+    }
+    put(64, &(cookie as u32).to_ne_bytes());
+    put(68, &((cookie >> 32) as u32).to_ne_bytes());
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_request_has_the_kernel_s_layout() {
+        let local: SocketAddr = "10.0.0.1:4660".parse().unwrap();
+        let message = request(local, "10.0.0.2:80".parse().unwrap(), 0x1_0000_0002);
+        assert_eq!(message[0..4], 72_u32.to_ne_bytes());
+        assert_eq!(message[16..18], [2, 6]);
+        assert_eq!(message[24..28], [0x12, 0x34, 0, 80]);
+        assert_eq!(message[28..32], [10, 0, 0, 1]);
+        assert_eq!(message[44..48], [10, 0, 0, 2]);
+        assert_eq!(message[64..72], [2_u32.to_ne_bytes(), 1_u32.to_ne_bytes()].concat());
+    }
+}

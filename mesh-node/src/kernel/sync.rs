@@ -1,0 +1,236 @@
+//! The difference between what the maps hold and what they should hold, written so that at every moment they permit
+//! no more than both: takings first, then the generation, then the sweep of live flows, then givings.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use mesh_ebpf_common::{
+    map::{
+        CONFIG_NO_DIRECT, Endpoint, EndpointKey, FLOW_DIRECT, MAX_ENDPOINTS_OF_ONE, SERVICE_AGENT, Service,
+        ServiceKey, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
+    },
+    wire::{PortBe, Target},
+};
+
+use super::{
+    Inner, direct,
+    maps::Maps,
+    pods::{Served, end},
+    types::{DirectFlow, KernelError, KernelState, PairVerdict, ServiceState, SyncReport},
+};
+
+type Verdicts = BTreeMap<(u32, u32, u16), PairVerdict>;
+
+/// What the maps hold, as far as this process knows.
+#[derive(Default)]
+pub struct Held {
+    verdicts: Verdicts,
+    /// `None`: a former process wrote it, so it is written again.
+    services: BTreeMap<SocketAddr, Option<ServiceState>>,
+}
+
+impl Held {
+    /// Reads what a former process left.
+    pub fn read(maps: &Maps) -> Result<Self, KernelError> {
+        let verdicts = maps.verdicts.entries()?.into_iter().filter_map(|(key, entry)| {
+            let verdict = match entry.verdict {
+                VERDICT_ALLOW => PairVerdict::Allow,
+                VERDICT_DENY => PairVerdict::Deny,
+                _ => return None,
+            };
+            Some(((key.src, key.dst, key.port.host()), verdict))
+        });
+        let services = maps.services.entries()?.into_iter().map(|(key, _)| (key.0.to_socket(), None));
+        Ok(Self { verdicts: verdicts.collect(), services: services.collect() })
+    }
+}
+
+impl Inner {
+    pub fn sync(&self, want: &KernelState) -> Result<SyncReport, KernelError> {
+        // In this order everywhere.
+        let served = self.pods.lock();
+        let mut held = self.held.lock();
+        let mut report = SyncReport::default();
+        let no_direct = want.no_direct || !self.can_destroy;
+        let before = self.maps.config()?.flags & CONFIG_NO_DIRECT != 0;
+        if no_direct && !before {
+            self.maps.configure(|config| config.flags |= CONFIG_NO_DIRECT)?;
+        }
+        let (gone, new) = difference(&held.verdicts, &want.verdicts);
+        for key in gone {
+            self.maps.verdicts.remove(&verdict_key(key))?;
+            held.verdicts.remove(&key);
+            report.removed += 1;
+        }
+        let (denials, permissions): (Vec<_>, Vec<_>) =
+            new.into_iter().partition(|(_, verdict)| *verdict == PairVerdict::Deny);
+        let mut took = report.removed > 0 || !denials.is_empty() || (no_direct && !before);
+        // A port of its own overrides what any other port had.
+        took |= permissions.iter().any(|(key, _)| held.verdicts.contains_key(key));
+        for (key, verdict) in denials {
+            self.write_verdict(&mut held, key, verdict, &mut report)?;
+        }
+        if took {
+            self.raise_generation()?;
+            // Twice: what was between its record and its handshake at the first look is seen by the second.
+            for _ in 0..2 {
+                report.cut.extend(self.sweep(want, no_direct, &served)?);
+            }
+        }
+        for (key, verdict) in permissions {
+            self.write_verdict(&mut held, key, verdict, &mut report)?;
+        }
+        self.sync_services(&mut held, want, &mut report)?;
+        if !no_direct && before {
+            self.maps.configure(|config| config.flags &= !CONFIG_NO_DIRECT)?;
+        }
+        report.generation = self.maps.config()?.generation;
+        Ok(report)
+    }
+
+    fn write_verdict(
+        &self,
+        held: &mut Held,
+        key: (u32, u32, u16),
+        verdict: PairVerdict,
+        report: &mut SyncReport,
+    ) -> Result<(), KernelError> {
+        let number = match verdict {
+            PairVerdict::Allow => VERDICT_ALLOW,
+            PairVerdict::Deny => VERDICT_DENY,
+        };
+        let map_key = verdict_key(key);
+        self.maps.verdicts.set(&map_key, &VerdictEntry { key: map_key, verdict: number })?;
+        held.verdicts.insert(key, verdict);
+        report.written += 1;
+        Ok(())
+    }
+
+    /// Ends the direct flows that `want` does not permit. Flows of pods that have left go on.
+    fn sweep(&self, want: &KernelState, no_direct: bool, served: &Served) -> Result<Vec<DirectFlow>, KernelError> {
+        let mut cut = Vec::new();
+        let enrolled = |netns| self.maps.pods.get(&netns).map(|pod| pod.is_some());
+        for (_, record) in self.maps.flows.entries()? {
+            if record.kind != FLOW_DIRECT {
+                continue;
+            }
+            let flow = direct(&record);
+            let pair = (flow.src_pod.id, flow.dst_pod.id);
+            let exact = want.verdicts.get(&(pair.0, pair.1, flow.dst.port()));
+            let verdict = exact.or_else(|| want.verdicts.get(&(pair.0, pair.1, 0)));
+            if !no_direct && verdict == Some(&PairVerdict::Allow) {
+                continue;
+            }
+            if enrolled(flow.src_pod.netns)? && enrolled(flow.dst_pod.netns)? && end(served, &flow)? {
+                cut.push(flow);
+            }
+        }
+        Ok(cut)
+    }
+
+    fn sync_services(
+        &self,
+        held: &mut Held,
+        want: &KernelState,
+        report: &mut SyncReport,
+    ) -> Result<(), KernelError> {
+        let gone: Vec<SocketAddr> =
+            held.services.keys().filter(|at| !want.services.contains_key(at)).copied().collect();
+        for at in gone {
+            let key = ServiceKey(at.into());
+            if let Some(old) = self.maps.services.get(&key)? {
+                self.maps.services.remove(&key)?;
+                self.drop_endpoints(old)?;
+            }
+            held.services.remove(&at);
+            report.removed += 1;
+        }
+        for (at, state) in &want.services {
+            if held.services.get(at).is_some_and(|now| now.as_ref() == Some(state)) {
+                continue;
+            }
+            self.write_service(*at, state)?;
+            held.services.insert(*at, Some(state.clone()));
+            report.written += 1;
+        }
+        Ok(())
+    }
+
+    /// A new list under a new number, then the service points to it, then the old list goes.
+    fn write_service(&self, at: SocketAddr, state: &ServiceState) -> Result<(), KernelError> {
+        let key = ServiceKey(at.into());
+        let old = self.maps.services.get(&key)?;
+        let new = match state {
+            ServiceState::Endpoints(endpoints) if fits(endpoints) => self.write_endpoints(endpoints)?,
+            _ => Service { flags: SERVICE_AGENT, ..Service::default() },
+        };
+        if let Err(error) = self.maps.services.set(&key, &new) {
+            self.drop_endpoints(new)?;
+            return Err(error);
+        }
+        old.map_or(Ok(()), |old| self.drop_endpoints(old))
+    }
+
+    fn write_endpoints(&self, endpoints: &[(SocketAddr, u32)]) -> Result<Service, KernelError> {
+        let id = self.maps.config()?.next_service;
+        self.maps.configure(|config| config.next_service = config.next_service.wrapping_add(1))?;
+        let mut service = Service { id, count: 0, weight: 0, flags: 0 };
+        for (to, weight) in endpoints.iter().filter(|(_, weight)| *weight > 0) {
+            let key = EndpointKey { service: id, index: service.count };
+            let cumulative = service.weight + weight;
+            if let Err(error) = self.maps.endpoints.set(&key, &Endpoint { to: Target::from(*to), cumulative })
+            {
+                self.drop_endpoints(service)?;
+                return Err(error);
+            }
+            service.count += 1;
+            service.weight = cumulative;
+        }
+        Ok(service)
+    }
+
+    fn drop_endpoints(&self, service: Service) -> Result<(), KernelError> {
+        for index in 0..service.count {
+            self.maps.endpoints.remove(&EndpointKey { service: service.id, index })?;
+        }
+        Ok(())
+    }
+
+    /// Verdicts of a pod that goes.
+    pub fn forget_verdicts(&self, pod: u32) -> Result<(), KernelError> {
+        let mut held = self.held.lock();
+        let gone: Vec<_> =
+            held.verdicts.keys().filter(|(src, dst, _)| *src == pod || *dst == pod).copied().collect();
+        for key in gone {
+            self.maps.verdicts.remove(&verdict_key(key))?;
+            held.verdicts.remove(&key);
+        }
+        Ok(())
+    }
+
+    /// From now on no authorisation of before is honoured.
+    pub fn raise_generation(&self) -> Result<(), KernelError> {
+        self.maps.configure(|config| config.generation += 1).map(drop)
+    }
+}
+
+/// More than the bounded search reaches, or than the sum can hold, is the agent's business.
+fn fits(endpoints: &[(SocketAddr, u32)]) -> bool {
+    let sum: u64 = endpoints.iter().map(|(_, weight)| u64::from(*weight)).sum();
+    endpoints.len() <= MAX_ENDPOINTS_OF_ONE as usize && u32::try_from(sum).is_ok()
+}
+
+fn verdict_key((src, dst, port): (u32, u32, u16)) -> VerdictKey {
+    VerdictKey::new(src, dst, PortBe::from_host(port))
+}
+
+/// Keys to remove, entries to write.
+#[expect(clippy::type_complexity, reason = "two lists of map entries, named by the comment")]
+fn difference(
+    held: &Verdicts,
+    want: &Verdicts,
+) -> (Vec<(u32, u32, u16)>, Vec<((u32, u32, u16), PairVerdict)>) {
+    let gone = held.keys().filter(|key| !want.contains_key(key)).copied().collect();
+    let new =
+        want.iter().filter(|(key, verdict)| held.get(key) != Some(verdict)).map(|(k, v)| (*k, *v)).collect();
+    (gone, new)
+}
