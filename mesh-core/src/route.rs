@@ -274,3 +274,159 @@ fn decoded(text: &str) -> Option<String> {
     }
     String::from_utf8(bytes).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        id::ServiceKey,
+        model::{HeaderMatch, RouteRule},
+    };
+
+    fn header(text: &str) -> HeaderMatch {
+        let (name, value) = text.split_once('=').unwrap();
+        let value = match value.strip_prefix('~') {
+            Some(pattern) => ValueMatch::Regex(pattern.into()),
+            None => ValueMatch::Exact(value.into()),
+        };
+        HeaderMatch { name: name.into(), value }
+    }
+
+    /// `[METHOD] path [h:name=value] [q:name=value]`; `=path` exact, `~path` regex, else prefix.
+    fn request_match(text: &str) -> RequestMatch {
+        let mut item = RequestMatch {
+            path: PathMatch::Prefix("/".into()),
+            method: None,
+            headers: vec![],
+            query: vec![],
+        };
+        for word in text.split_whitespace() {
+            if let Some(rest) = word.strip_prefix("h:") {
+                item.headers.push(header(rest));
+            } else if let Some(rest) = word.strip_prefix("q:") {
+                item.query.push(header(rest));
+            } else if let Some(rest) = word.strip_prefix('=') {
+                item.path = PathMatch::Exact(rest.into());
+            } else if let Some(rest) = word.strip_prefix('~') {
+                item.path = PathMatch::Regex(rest.into());
+            } else if word.starts_with('/') {
+                item.path = PathMatch::Prefix(word.into());
+            } else {
+                item.method = Some(word.into());
+            }
+        }
+        item
+    }
+
+    /// `name created hosts | match | match …`: each match is a rule of its own.
+    fn table(routes: &[&str]) -> Result<(Table, Vec<String>), CompileError> {
+        let (mut list, mut names) = (Vec::new(), Vec::new());
+        for text in routes {
+            let mut parts = text.split('|');
+            let mut head = parts.next().unwrap().split_whitespace();
+            let (name, created) = (head.next().unwrap(), head.next().unwrap().parse().unwrap());
+            names.push(name.to_owned());
+            list.push(Route {
+                namespace: "shop".into(),
+                name: name.into(),
+                created,
+                hostnames: head.map(Arc::from).collect(),
+                rules: parts
+                    .map(|rule| RouteRule {
+                        matches: vec![request_match(rule)],
+                        backends: vec![],
+                        request_timeout: None,
+                        backend_timeout: None,
+                    })
+                    .collect(),
+            });
+        }
+        let service = ServiceKey::new("shop", "web");
+        let listener = Listener { service, vips: vec![], port: 80, http: true, routes: list };
+        Ok((compile(&listener)?, names))
+    }
+
+    /// Which `route.rule` serves a request `METHOD host path[?query] [name=value]…`.
+    fn check(routes: &[&str], request: &str, expected: &str) {
+        let (table, names) = table(routes).unwrap();
+        let mut words = request.split_whitespace();
+        let (method, host, target) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+        let headers: Vec<_> = words.map(|word| word.split_once('=').unwrap()).collect();
+        let (path, query) =
+            target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
+        let lookup = |name: &str| headers.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
+        let found = table.matched(&RequestHead { host, path, query, method, headers: &lookup });
+        let found =
+            found.map_or("404".to_owned(), |matched| format!("{}.{}", names[matched.route], matched.rule));
+        assert_eq!(found, expected, "{request} over {routes:?}");
+    }
+
+    #[test]
+    fn paths_match_by_element() {
+        let routes = ["r 0 | /foo | =/exact | ~/v[0-9]+/.*"];
+        check(&routes, "GET h /foo", "r.0");
+        check(&routes, "GET h /foo/", "r.0");
+        check(&routes, "GET h /foo/bar", "r.0");
+        check(&routes, "GET h /foobar", "404");
+        check(&routes, "GET h /exact", "r.1");
+        check(&routes, "GET h /exact/", "404");
+        check(&routes, "GET h /v12/x", "r.2");
+        check(&routes, "GET h /x/v12/x", "404");
+        check(&["r 0 | /foo/"], "GET h /foo", "r.0");
+        check(&["r 0 | /"], "GET h /anything", "r.0");
+    }
+
+    #[test]
+    fn the_more_specific_match_wins_whatever_the_order() {
+        check(&["r 0 | / | /a | /a/b | =/a/b"], "GET h /a/b", "r.3");
+        check(&["r 0 | / | /a | /a/b | =/a/b"], "GET h /a/b/c", "r.2");
+        check(&["r 0 | /a | POST /a"], "POST h /a", "r.1");
+        check(&["r 0 | /a h:x=1 | /a h:x=1 h:y=2"], "GET h /a x=1 y=2", "r.1");
+        check(&["r 0 | POST /a | /a h:x=1 h:y=2"], "POST h /a x=1 y=2", "r.0");
+        check(&["r 0 | /a q:x=1 | /a h:x=1"], "GET h /a?x=1 x=1", "r.1");
+        check(&["r 0 | ~/a.* | /a"], "GET h /a", "r.1");
+        check(&["r 0 | /a | /a"], "GET h /a", "r.0");
+    }
+
+    #[test]
+    fn between_routes_age_then_name_decides() {
+        check(&["b 5 | /", "a 9 | /"], "GET h /", "b.0");
+        check(&["b 5 | /", "a 5 | /"], "GET h /", "a.0");
+    }
+
+    #[test]
+    fn hosts_are_exact_before_wildcard_and_blind_to_case() {
+        let routes = [
+            "any 0 | /",
+            "wild 0 *.example.com | /",
+            "deep 0 *.a.example.com | /",
+            "one 0 x.a.example.com | /only",
+        ];
+        check(&routes, "GET x.a.example.com /only", "one.0");
+        check(&routes, "GET X.A.Example.COM. /only", "one.0");
+        check(&routes, "GET x.a.example.com /", "deep.0");
+        check(&routes, "GET x.y.example.com /", "wild.0");
+        check(&routes, "GET example.com /", "any.0");
+    }
+
+    #[test]
+    fn values_are_compared_whole_and_decoded() {
+        check(&["r 0 | /a h:v=~1[0-9]"], "GET h /a v=12", "r.0");
+        check(&["r 0 | /a h:v=~1[0-9]"], "GET h /a v=123", "404");
+        check(&["r 0 | /a q:v=a+b"], "GET h /a?v=a%2Bb", "r.0");
+        check(&["r 0 | /a q:v=1"], "GET h /a?v=2&v=1", "404");
+        check(&["r 0 | /a q:v=1"], "GET h /a?v=%zz", "404");
+    }
+
+    #[test]
+    fn a_bad_pattern_names_its_field() {
+        let error = table(&["r 0 | / | /a h:v=~("]).unwrap_err();
+        assert_eq!(
+            (error.route.as_str(), error.path.as_str()),
+            ("shop/r", "spec.rules[1].matches[0].headers[0].value")
+        );
+        assert!(table(&["r 0 | ~(a{1000}){1000}"]).unwrap_err().reason.contains("complex"));
+    }
+}

@@ -16,6 +16,9 @@ use crate::{
     proto,
 };
 
+/// Workloads that share a key of an index.
+type Workloads = Arc<[Arc<Workload>]>;
+
 /// A policy as this proxy knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PolicyState {
@@ -29,9 +32,9 @@ pub enum PolicyState {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     workloads: HashTrieMapSync<WorkloadKey, Arc<Workload>>,
-    by_address: HashTrieMapSync<IpAddr, Arc<[Arc<Workload>]>>,
-    by_name: HashTrieMapSync<(Arc<str>, Arc<str>), Arc<[Arc<Workload>]>>,
-    by_service: HashTrieMapSync<ServiceKey, Arc<[Arc<Workload>]>>,
+    by_address: HashTrieMapSync<IpAddr, Workloads>,
+    by_name: HashTrieMapSync<(Arc<str>, Arc<str>), Workloads>,
+    by_service: HashTrieMapSync<ServiceKey, Workloads>,
     services: HashTrieMapSync<ServiceKey, Arc<Service>>,
     by_vip: HashTrieMapSync<IpAddr, Arc<[Arc<Service>]>>,
     policies: HashTrieMapSync<PolicyKey, PolicyState>,

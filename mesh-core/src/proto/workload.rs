@@ -21,6 +21,7 @@ pub struct Address {
 }
 
 pub mod address {
+    #[expect(clippy::large_enum_variant, reason = "the shape is the wire's; values live for one conversion")]
     #[derive(Clone, PartialEq, prost::Oneof)]
     pub enum Type {
         #[prost(message, tag = "1")]
