@@ -1,5 +1,7 @@
 //! Decisions over worlds: tables in the feature's language, and properties over random worlds.
 
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the failure")]
+
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use mesh_core::{
