@@ -25,6 +25,8 @@ use crate::shell;
 const IN_FORCE: Duration = Duration::from_secs(60);
 /// An admin socket answers within this.
 const ADMIN: Duration = Duration::from_secs(5);
+/// An agent that was killed stays away this long, so that there is an outage to look at.
+const RESTART_DELAY_S: &str = "3";
 /// Lines of each log that a failure shows.
 const LOG_LINES: usize = 15;
 
@@ -59,6 +61,8 @@ pub struct Status {
     pub waypoints: Vec<Value>,
     #[serde(default)]
     pub problems: Vec<Value>,
+    #[serde(default)]
+    pub waiting: Vec<String>,
 }
 
 impl Status {
@@ -146,6 +150,7 @@ impl Mesh {
     pub fn start(&mut self) -> anyhow::Result<Status> {
         let folder = self.folder.to_string_lossy().into_owned();
         let mut up = self.meshctl("up", &[&folder]);
+        up.env("UNDERMESH_LOCAL_RESTART_DELAY", RESTART_DELAY_S);
         shell::output(&mut up).context("`meshctl local down --name demo` ends an earlier one")?;
         self.up = true;
         self.in_force()
@@ -167,7 +172,7 @@ impl Mesh {
     pub fn in_force(&self) -> anyhow::Result<Status> {
         until("the mesh to be in force", IN_FORCE, || {
             let status = self.status()?;
-            let pending = || format!("problems: {:?}; pods: {:?}", status.problems, status.pods);
+            let pending = || format!("waiting for {:?}; problems: {:?}", status.waiting, status.problems);
             Ok(if status.in_force { Ok(status) } else { Err(pending()) })
         })
     }

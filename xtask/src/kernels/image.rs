@@ -16,9 +16,9 @@ use crate::shell;
 /// Programs of the mesh.
 const PROGRAMS: &[&str] = &["meshctl", "mesh-control", "mesh-node"];
 /// Programs of this machine that busybox has none or a lesser one of.
-const TOOLS: &[&str] = &["ip", "nsenter", "bash"];
-/// Suites that run in each kernel: the BPF programs themselves, and a world of two pods per kind of path.
-const SUITES: &[&str] = &["kernel", "pair"];
+const TOOLS: &[&str] = &["ip", "nsenter", "bash", "sleep"];
+/// Suites that run in each kernel: the BPF programs themselves, and the matrix of paths in a small world.
+const SUITES: &[&str] = &["kernel", "world"];
 
 const INIT: &str = r#"#!/bin/sh
 export PATH=/usr/local/bin:/usr/bin:/bin
