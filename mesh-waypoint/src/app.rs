@@ -21,7 +21,7 @@ use mesh_net::{
     listen::Reserve,
     task::TaskGroup,
     telemetry::{self, LogControl},
-    tunnel::{Handshakes, Pool},
+    tunnel::{DirectConnector, Handshakes, Pool},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -162,7 +162,8 @@ fn start(settings: &Settings, log: LogControl) -> Result<Running, StartError> {
 
     // How we reach endpoints.
     let pool = Pool::new(Arc::new(certificates.clone()), background.clone(), draining.clone());
-    let dial = Arc::new(Hbone::new(pool.clone(), own.clone(), baggage_of(settings)));
+    let dial =
+        Arc::new(Hbone::new(pool.clone(), own.clone(), Arc::new(DirectConnector), baggage_of(settings)));
     let waypoint = Arc::new(Waypoint {
         views,
         dial: dial.clone(),

@@ -10,7 +10,7 @@ use mesh_core::{
 };
 use mesh_net::{
     socket::unspecified,
-    tunnel::{self, Connector, DirectConnector, Hop, Pool, TunnelHeaders},
+    tunnel::{self, Connector, Hop, Pool, TunnelHeaders},
 };
 
 use super::{BoxFuture, BoxStream, Dial, DialFailure, Endpoint};
@@ -26,8 +26,8 @@ pub struct Hbone {
 
 impl Hbone {
     /// Dials through `pool` as `own`.
-    pub fn new(pool: Pool, own: Identity, baggage: Option<String>) -> Self {
-        Self { pool, own, connect: Arc::new(DirectConnector), baggage }
+    pub fn new(pool: Pool, own: Identity, connect: Arc<dyn Connector>, baggage: Option<String>) -> Self {
+        Self { pool, own, connect, baggage }
     }
 
     /// The tunnel stream to an endpoint on behalf of `client`.

@@ -43,6 +43,7 @@ pub type App = Arc<dyn Fn(DuplexStream) -> Pin<Box<dyn Future<Output = ()> + Sen
 /// Buffer of every in-memory connection: small, so that back-pressure shows.
 pub const PIPE_BYTES: usize = 16 << 10;
 
+#[derive(Default)]
 pub struct FakeDial {
     pub apps: Mutex<HashMap<String, App>>,
     /// Endpoint and client of every dial.
@@ -93,15 +94,21 @@ pub fn authority(service: &str) -> SocketAddr {
 }
 
 impl World {
+    /// Applications are functions.
     pub fn new() -> Self {
-        let dial = Arc::new(FakeDial { apps: Mutex::default(), dialled: Mutex::default() });
+        let dial = Arc::new(FakeDial::default());
+        Self::over(dial.clone(), dial)
+    }
+
+    /// Endpoints are reached by `reach`.
+    pub fn over(dial: Arc<FakeDial>, reach: Arc<dyn Dial>) -> Self {
         let (drain, draining) = drain::channel();
         let tasks = TaskGroup::new();
         let (views, receiver) = watch::channel(Arc::new(View::not_ready()));
         let waypoint = Waypoint {
             views: receiver,
-            dial: dial.clone(),
-            upstream: Upstream::new(dial.clone(), tasks.clone()),
+            dial: reach.clone(),
+            upstream: Upstream::new(reach, tasks.clone()),
             metrics: Arc::new(Metrics::new(telemetry::Metrics::new("proxy", "test"))),
             chance: Chance::seeded(7),
             own: identity("gw"),
@@ -133,6 +140,12 @@ impl World {
             http: true,
             routes: Vec::new(),
         });
+        self
+    }
+
+    /// The service that was declared last does not speak HTTP.
+    pub fn tcp(mut self) -> Self {
+        self.listeners.last_mut().unwrap().http = false;
         self
     }
 
