@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader},
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStderr, Command, Stdio},
     time::Duration,
 };
 
@@ -27,6 +27,8 @@ const HEAD_BYTES: usize = 8 * 1024;
 /// A running capture.
 pub struct Capture {
     tcpdump: Child,
+    /// Held, or tcpdump's last words would end it early.
+    _said: BufReader<ChildStderr>,
     file: tempfile::NamedTempFile,
     /// As one would type it.
     pub shown: String,
@@ -46,17 +48,15 @@ impl Capture {
         let shown = shell::shown(&command);
         command.stdin(Stdio::null()).stdout(file.reopen()?).stderr(Stdio::piped());
         let mut tcpdump = command.spawn().context("start tcpdump")?;
-        let stderr = tcpdump.stderr.take().context("tcpdump's standard error")?;
-        let mut said = String::new();
-        for line in BufReader::new(stderr).lines() {
-            let line = line?;
-            if line.contains("listening on") {
-                return Ok(Self { tcpdump, file, shown });
+        let mut said = BufReader::new(tcpdump.stderr.take().context("tcpdump's standard error")?);
+        let mut words = String::new();
+        while !words.contains("listening on") {
+            if said.read_line(&mut words)? == 0 {
+                tcpdump.wait()?;
+                bail!("tcpdump did not start: {words}");
             }
-            said += &line;
         }
-        let _ = tcpdump.wait();
-        bail!("tcpdump did not start: {said}")
+        Ok(Self { tcpdump, _said: said, file, shown })
     }
 
     /// Ends the capture.
