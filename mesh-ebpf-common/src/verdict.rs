@@ -1,9 +1,9 @@
 //! The decision about one `connect()`, as ordinary Rust: the kernel runs it over its maps, the tests over theirs.
 //!
 //! ```text
-//!  not enrolled ─► NotOurs          destination of oneself ─► SelfCall   (the agent's own ports: Deny)
-//!  not TCP ──────► Uncaptured       service ─► choose an endpoint by weight, over all of them
-//!  agent's socket ► Own             local endpoint + Allow ─► Direct     + Deny ─► Deny     everything else ─► Agent
+//!  not enrolled, not TCP, agent's socket ─► Alone       destination of oneself ─► SelfCall (agent's ports: Deny)
+//!  service ─► choose an endpoint by weight, over all of them
+//!  local endpoint + Allow ─► Direct      + Deny ─► Deny      everything else ─► Agent
 //! ```
 
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
         VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
     },
     reason::Reason,
-    wire::{Ip, Target},
+    wire::{Ip, PortBe, Target},
 };
 
 /// What one `connect()` asks for.
@@ -39,8 +39,10 @@ pub enum Transport {
 }
 
 /// Who calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
+    /// The namespace is enrolled and captured; nothing else counts otherwise.
+    pub enrolled: bool,
     /// Number of the pod.
     pub pod: u32,
     /// Cookie of its namespace.
@@ -64,86 +66,111 @@ pub trait World {
 }
 
 /// What happens to the connection.
+#[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Left alone: the namespace is not enrolled.
-    NotOurs,
-    /// Left alone: not TCP.
-    Uncaptured,
-    /// A socket of the agent goes where it wants.
-    Own,
+pub enum Way {
+    /// Left alone: the namespace is not enrolled, it is not TCP, or it is the agent's own socket; the reason tells.
+    Alone,
     /// The pod calls itself, maybe through a service.
-    SelfCall {
-        /// Where to, when that is not what was dialled.
-        translated: Option<Target>,
-    },
+    SelfCall,
     /// Straight to a pod of this node.
-    Direct {
-        /// Where to.
-        to: Target,
-        /// The pod there.
-        local: LocalPod,
-    },
+    Direct,
     /// The agent carries it.
-    Agent {
-        /// The endpoint that the kernel chose for a service.
-        choice: Option<Target>,
-    },
+    Agent,
     /// Refused.
-    Deny(Reason),
+    Deny,
 }
+
+/// A decision. Flat instead of an enum with payloads: the payload of the cases that do not apply is undefined, the
+/// compiler moves such values around, and the verifier refuses to see them moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// What happens.
+    pub way: Way,
+    /// What is counted.
+    pub reason: Reason,
+    /// Where the connection goes: what was dialled, unless it is translated.
+    pub to: Target,
+    /// The endpoint that was chosen for a service; all zero when none was.
+    pub choice: Target,
+    /// The pod there, of direct calls and calls to oneself.
+    pub local: LocalPod,
+}
+
+impl Verdict {
+    #[inline(always)]
+    fn new(way: Way, reason: Reason, to: Target, choice: Target) -> Self {
+        Self { way, reason, to, choice, local: LocalPod { netns: 0, pod: 0, pad: 0 } }
+    }
+
+    /// The destination is not what was dialled.
+    #[inline(always)]
+    pub fn translated(&self) -> bool {
+        matches!(self.way, Way::SelfCall | Way::Direct) && self.choice.port.host() != 0
+    }
+}
+
+/// No endpoint was chosen. Port zero is no destination of TCP.
+const NO_CHOICE: Target = Target::new(Ip::from_v6_be([0; 4]), PortBe::from_host(0));
 
 /// Decides about one connection.
 #[inline(always)]
-pub fn decide<W: World>(call: &Call, caller: Option<&Caller>, world: &W) -> Verdict {
-    let Some(caller) = caller else { return Verdict::NotOurs };
+pub fn decide<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
+    let alone = |reason| Verdict::new(Way::Alone, reason, call.to, NO_CHOICE);
+    if !caller.enrolled {
+        return alone(Reason::NotOurs);
+    }
     match call.transport {
         Transport::Tcp => {}
-        Transport::OtherStream => return Verdict::Deny(Reason::UnsupportedSocket),
-        Transport::Other => return Verdict::Uncaptured,
+        Transport::OtherStream => return Verdict::new(Way::Deny, Reason::UnsupportedSocket, call.to, NO_CHOICE),
+        Transport::Other => return alone(Reason::Uncaptured),
     }
     if call.own {
-        return Verdict::Own;
+        return alone(Reason::Own);
     }
     if call.to.ip.is_loopback() {
-        return self_call(&call.to, None);
+        return self_call(&call.to, &NO_CHOICE, caller);
     }
     let Some(service) = world.service(&ServiceKey(call.to)) else {
-        return towards(&call.to, None, caller, world);
+        return towards(&call.to, &call.to, &NO_CHOICE, caller, world);
     };
     if service.flags & SERVICE_AGENT != 0 {
-        return Verdict::Agent { choice: None };
+        return Verdict::new(Way::Agent, Reason::ToAgent, call.to, NO_CHOICE);
     }
-    match choose(service, world) {
-        // A socket cannot be led to the other family.
-        Some(choice) if choice.ip.is_v4() == call.to.ip.is_v4() => towards(&choice, Some(choice), caller, world),
-        choice => Verdict::Agent { choice },
+    let mut choice = NO_CHOICE;
+    let chosen = choose(service, world, &mut choice);
+    // A socket cannot be led to the other family.
+    if !chosen || choice.ip.is_v4() != call.to.ip.is_v4() {
+        return Verdict::new(Way::Agent, Reason::ToAgent, call.to, choice);
     }
+    towards(&choice, &call.to, &choice, caller, world)
 }
 
 /// To an address that is one workload's.
 #[inline(always)]
-fn towards<W: World>(to: &Target, choice: Option<Target>, caller: &Caller, world: &W) -> Verdict {
-    let Some(local) = world.local(&to.ip) else { return Verdict::Agent { choice } };
+fn towards<W: World>(to: &Target, dialled: &Target, choice: &Target, caller: &Caller, world: &W) -> Verdict {
+    let agent = Verdict::new(Way::Agent, Reason::ToAgent, *dialled, *choice);
+    let Some(local) = world.local(&to.ip) else { return agent };
     let local = *local;
     if local.netns == caller.netns {
-        return self_call(to, choice);
+        return self_call(to, choice, caller);
     }
     match verdict(caller.pod, local.pod, to, world) {
-        VERDICT_DENY => Verdict::Deny(Reason::PolicyDenied),
+        VERDICT_DENY => Verdict { local, ..Verdict::new(Way::Deny, Reason::PolicyDenied, *to, *choice) },
         VERDICT_ALLOW if caller.config & CONFIG_NO_DIRECT == 0 && !is_agent_port(to.port.host()) => {
-            Verdict::Direct { to: *to, local }
+            Verdict { local, ..Verdict::new(Way::Direct, Reason::Direct, *to, *choice) }
         }
-        _ => Verdict::Agent { choice },
+        _ => agent,
     }
 }
 
 #[inline(always)]
-fn self_call(to: &Target, translated: Option<Target>) -> Verdict {
+fn self_call(to: &Target, choice: &Target, caller: &Caller) -> Verdict {
+    let local = LocalPod { netns: caller.netns, pod: caller.pod, pad: 0 };
     if is_agent_port(to.port.host()) {
-        return Verdict::Deny(Reason::IllegalPort);
+        return Verdict { local, ..Verdict::new(Way::Deny, Reason::IllegalPort, *to, *choice) };
     }
-    Verdict::SelfCall { translated }
+    Verdict { local, ..Verdict::new(Way::SelfCall, Reason::SelfCall, *to, *choice) }
 }
 
 /// The verdict of exactly this port, else that of any other port, else none (zero).
@@ -168,12 +195,12 @@ fn verdict<W: World>(src: u32, dst: u32, to: &Target, world: &W) -> u32 {
 /// Halvings that find any of [`crate::map::MAX_ENDPOINTS_OF_ONE`] endpoints.
 const SEARCH_STEPS: u32 = 17;
 
-/// An endpoint by weight; `None` when the list is empty or being replaced.
+/// An endpoint by weight; false when the list is empty or being replaced.
 #[inline(always)]
-fn choose<W: World>(service: &Service, world: &W) -> Option<Target> {
+fn choose<W: World>(service: &Service, world: &W, choice: &mut Target) -> bool {
     let (id, count, weight) = (service.id, service.count, service.weight);
     if count == 0 || weight == 0 {
-        return None;
+        return false;
     }
     let ticket = world.chance() % weight;
     let (mut low, mut high) = (0, count - 1);
@@ -182,13 +209,19 @@ fn choose<W: World>(service: &Service, world: &W) -> Option<Target> {
             break;
         }
         let middle = low + (high - low) / 2;
-        if world.endpoint(&EndpointKey { service: id, index: middle })?.cumulative > ticket {
-            high = middle;
-        } else {
-            low = middle + 1;
+        match world.endpoint(&EndpointKey { service: id, index: middle }) {
+            Some(endpoint) if endpoint.cumulative > ticket => high = middle,
+            Some(_) => low = middle + 1,
+            None => return false,
         }
     }
-    Some(world.endpoint(&EndpointKey { service: id, index: low })?.to)
+    match world.endpoint(&EndpointKey { service: id, index: low }) {
+        Some(endpoint) => {
+            *choice = endpoint.to;
+            true
+        }
+        None => false,
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,9 @@
 use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_common::{
     event::EVENT_REFUSED,
-    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord},
+    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_SELF, FLOW_TO_AGENT, FlowRecord},
     reason::Reason,
-    verdict::Verdict,
+    verdict::{Verdict, Way},
     wire::Target,
 };
 
@@ -27,109 +27,74 @@ const PROCEED: i32 = 1;
 /// connect(2) fails with EPERM.
 const REFUSE: i32 = 0;
 
-/// A decision that goes on.
-struct Onward {
-    kind: u32,
-    reason: Reason,
-    /// Where the SYN will go.
-    to: Target,
-    /// See `FlowRecord::other`.
-    other: Option<Target>,
-    /// Namespace in which the SYN arrives.
-    arrives_in: u64,
-    dst_pod: u32,
-}
-
 /// Does what the verdict says.
 #[inline(always)]
 pub fn conclude(cx: &SockAddrContext, family: Family, asked: &Asked, verdict: &Verdict) -> i32 {
-    let onward = match *verdict {
-        Verdict::NotOurs => return pass(Reason::NotOurs),
-        Verdict::Uncaptured => return pass(Reason::Uncaptured),
-        Verdict::Own => {
-            maps::forget(ctx::socket_of_address(cx));
-            return pass(Reason::Own);
+    match verdict.way {
+        Way::Alone => {
+            if matches!(verdict.reason, Reason::Own) {
+                maps::forget(ctx::socket_of_address(cx));
+            }
+            maps::count(verdict.reason);
+            PROCEED
         }
-        Verdict::Deny(reason) => return refuse(cx, asked, reason),
-        Verdict::SelfCall { translated } => Onward {
-            kind: FLOW_SELF,
-            reason: Reason::SelfCall,
-            to: translated.unwrap_or(asked.to),
-            other: translated.map(|_| asked.to),
-            arrives_in: asked.netns,
-            dst_pod: asked.pod,
-        },
-        Verdict::Direct { to, local } => Onward {
-            kind: FLOW_DIRECT,
-            reason: Reason::Direct,
-            to,
-            other: if to == asked.to { None } else { Some(asked.to) },
-            arrives_in: local.netns,
-            dst_pod: local.pod,
-        },
-        Verdict::Agent { choice } => Onward {
-            kind: FLOW_TO_AGENT,
-            reason: Reason::ToAgent,
-            to: asked.to,
-            other: choice,
-            arrives_in: asked.netns,
-            dst_pod: 0,
-        },
-    };
-    proceed(cx, family, asked, &onward)
+        Way::Deny => refuse(cx, asked, verdict, verdict.reason),
+        Way::SelfCall => proceed(cx, family, asked, verdict, FLOW_SELF),
+        Way::Direct => proceed(cx, family, asked, verdict, FLOW_DIRECT),
+        Way::Agent => proceed(cx, family, asked, verdict, FLOW_TO_AGENT),
+    }
 }
 
 #[inline(always)]
-fn pass(reason: Reason) -> i32 {
-    maps::count(reason);
-    PROCEED
-}
-
-#[inline(always)]
-fn proceed(cx: &SockAddrContext, family: Family, asked: &Asked, onward: &Onward) -> i32 {
-    let marked = if onward.kind == FLOW_TO_AGENT { ctx::capture(cx) } else { ctx::uncapture(cx) };
-    let state = maps::state_or_new(ctx::socket_of_address(cx));
-    let (true, Some(state)) = (marked, state) else {
-        return refuse(cx, asked, Reason::KernelFault);
+fn proceed(cx: &SockAddrContext, family: Family, asked: &Asked, verdict: &Verdict, kind: u32) -> i32 {
+    let marked = if kind == FLOW_TO_AGENT { ctx::capture(cx) } else { ctx::uncapture(cx) };
+    if !marked {
+        return refuse(cx, asked, verdict, Reason::KernelFault);
+    }
+    let Some(state) = maps::state_or_new(ctx::socket_of_address(cx)) else {
+        return refuse(cx, asked, verdict, Reason::KernelFault);
     };
     state.recorded = 0;
-    fill(&mut state.record, asked, onward);
-    if onward.to != asked.to {
-        ctx::set_address(cx, family, &onward.to);
+    fill(&mut state.record, asked, verdict, kind);
+    if verdict.translated() {
+        ctx::set_address(cx, family, &verdict.to);
     }
-    maps::count(onward.reason);
+    maps::count(verdict.reason);
     PROCEED
 }
 
 #[inline(always)]
-fn fill(record: &mut FlowRecord, asked: &Asked, onward: &Onward) {
-    record.key = FlowKey {
-        netns: onward.arrives_in,
-        dst: onward.to.ip,
-        dport: onward.to.port,
-        ..FlowKey::default()
-    };
+fn fill(record: &mut FlowRecord, asked: &Asked, verdict: &Verdict, kind: u32) {
+    let other = if verdict.translated() { asked.to } else { verdict.choice };
+    record.key.netns = if kind == FLOW_TO_AGENT { asked.netns } else { verdict.local.netns };
+    record.key.dst = verdict.to.ip;
+    record.key.dport = verdict.to.port;
     record.generation = asked.generation;
     record.socket = 0;
     record.server_socket = 0;
     record.client_netns = asked.netns;
-    record.kind = onward.kind;
+    record.kind = kind;
     record.src_pod = asked.pod;
-    record.dst_pod = onward.dst_pod;
-    record.flags = if onward.other.is_some() { FLOW_OTHER } else { 0 };
-    record.other = onward.other.unwrap_or_default();
+    record.dst_pod = verdict.local.pod;
+    record.flags = if other.port.host() != 0 { FLOW_OTHER } else { 0 };
+    record.other = other;
 }
 
 /// Leaves nothing of a former decision on the socket and tells the agent.
 #[inline(always)]
-fn refuse(cx: &SockAddrContext, asked: &Asked, reason: Reason) -> i32 {
+fn refuse(cx: &SockAddrContext, asked: &Asked, verdict: &Verdict, reason: Reason) -> i32 {
     maps::forget(ctx::socket_of_address(cx));
     // A mark that stays leads a later connection to oneself only.
     let _ = ctx::uncapture(cx);
     let mut record = FlowRecord { client_netns: asked.netns, src_pod: asked.pod, ..FlowRecord::default() };
+    record.dst_pod = verdict.local.pod;
     record.key.netns = asked.netns;
-    record.key.dst = asked.to.ip;
-    record.key.dport = asked.to.port;
+    record.key.dst = verdict.to.ip;
+    record.key.dport = verdict.to.port;
+    if verdict.choice.port.host() != 0 {
+        record.flags = FLOW_OTHER;
+        record.other = asked.to;
+    }
     maps::count(reason);
     maps::emit(EVENT_REFUSED, reason, &record, Figures::default());
     REFUSE

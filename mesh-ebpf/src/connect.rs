@@ -16,16 +16,16 @@ pub fn connect(cx: &SockAddrContext, family: Family) -> i32 {
     // The generation comes first: whatever is looked up below is at least as new, and a change in between is seen
     // before the SYN.
     let (generation, config) = maps::config();
-    let caller = maps::capturing(netns).map(|pod| Caller { pod: pod.id, netns, config });
+    let mut caller = Caller { enrolled: false, pod: 0, netns, config };
+    if let Some(pod) = maps::capturing(netns) {
+        caller.enrolled = true;
+        caller.pod = pod.id;
+    }
     let call = Call {
         to: ctx::address(cx, family),
         transport: ctx::transport(cx),
-        own: caller.is_some() && maps::is_ours(ctx::socket_of_address(cx)),
+        own: caller.enrolled && maps::is_ours(ctx::socket_of_address(cx)),
     };
-    let verdict = decide(&call, caller.as_ref(), &Maps);
-    let pod = match &caller {
-        Some(caller) => caller.pod,
-        None => 0,
-    };
-    conclude::conclude(cx, family, &Asked { to: call.to, netns, pod, generation }, &verdict)
+    let verdict = decide(&call, &caller, &Maps);
+    conclude::conclude(cx, family, &Asked { to: call.to, netns, pod: caller.pod, generation }, &verdict)
 }

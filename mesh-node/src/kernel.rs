@@ -17,7 +17,7 @@ mod sync;
 mod sys;
 mod types;
 
-use std::{collections::BTreeMap, net::SocketAddr, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{net::SocketAddr, os::fd::BorrowedFd, path::Path, sync::Arc};
 
 use mesh_ebpf_common::{
     map::{FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OTHER, FLOW_TO_AGENT, FlowKey, FlowRecord},

@@ -24,7 +24,9 @@ pub struct Events {
 
 impl Events {
     pub(super) fn new(ring: RingBuf<MapData>, kernel: Arc<Inner>) -> Result<Self, KernelError> {
-        let ring = AsyncFd::register(ring).map_err(KernelError::io("wait for events of the kernel"))?;
+        // SAFETY: the ring keeps its descriptor open and the same for as long as it lives.
+        let ring = unsafe { AsyncFd::register(ring) };
+        let ring = ring.map_err(|error| KernelError::io("wait for events of the kernel")(error.into()))?;
         Ok(Self { ring, kernel })
     }
 

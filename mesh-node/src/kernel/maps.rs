@@ -171,5 +171,13 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         }
         cause = at.source();
     }
-    text.replace('\n', " ")
+    // A verifier's log ends with what it refuses.
+    let text = text.replace('\n', " ");
+    match text.char_indices().nth_back(MOST_TEXT) {
+        Some((from, _)) => format!("{}… {}", &text[..text.floor_char_boundary(120).min(from)], &text[from..]),
+        None => text,
+    }
 }
+
+/// Characters of an error's text that are kept.
+const MOST_TEXT: usize = 600;
