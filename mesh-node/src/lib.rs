@@ -1,3 +1,20 @@
-//! The agent of one node.
+//! The agent of one node: captures pods by eBPF, carries their connections, and enforces identity and policy.
+//!
+//! Start at [`app`]: it builds everything in the order in which bytes meet it.
 
+pub mod admin;
+pub mod agent;
+pub mod app;
+pub mod config;
+pub mod connections;
+pub mod direct;
+pub mod feed;
+pub mod inbound;
 pub mod kernel;
+pub mod listeners;
+pub mod outbound;
+pub mod plaintext;
+pub mod pods;
+pub mod report;
+pub mod source;
+pub mod world;

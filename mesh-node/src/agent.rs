@@ -1,0 +1,193 @@
+//! What every task of the agent sees, and bringing the kernel and live connections in line with the world.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    sync::Arc,
+    time::Instant,
+};
+
+use mesh_core::{id::Identity, snapshot::Snapshot};
+use mesh_net::{
+    clock::Chance,
+    drain::Draining,
+    identity::CertificateManager,
+    listen::Reserve,
+    task::TaskGroup,
+    telemetry::Metrics,
+    tunnel::{Handshakes, Pool},
+};
+use parking_lot::Mutex;
+use socket2::Socket;
+use tokio::{net::TcpStream, sync::watch};
+
+use crate::{
+    connections::{Connections, Owner},
+    direct::Direct,
+    kernel::{self, Kernel, KernelError, PodSlot},
+    pods::{Pod, Table, netns::Netns, record::Kept, route::MARKING},
+    source::{self, AppError, Dialling},
+    world::World,
+};
+
+/// The agent.
+pub struct Agent {
+    /// Name of its node.
+    pub node: Arc<str>,
+    /// Trust domain of pods that the control plane has not described yet.
+    pub trust_domain: Arc<str>,
+    /// The kernel's side.
+    pub kernel: Kernel,
+    /// The newest picture of the mesh.
+    pub world: World,
+    /// Live connections.
+    pub connections: Connections,
+    /// Live connections that do not pass through here.
+    pub direct: Direct,
+    /// Certificates of local identities.
+    pub certificates: CertificateManager,
+    /// Everything that is exported.
+    pub metrics: Arc<Metrics>,
+    /// Bounds handshakes of peers.
+    pub handshakes: Handshakes,
+    /// A descriptor kept back.
+    pub reserve: Option<Arc<Reserve>>,
+    /// Chance.
+    pub chance: Chance,
+    /// Parent of tasks that belong to no pod.
+    pub tasks: TaskGroup,
+    /// The agent's own drain.
+    pub draining: Draining,
+    /// The pods.
+    pub pods: watch::Receiver<Arc<Table>>,
+    /// When to sweep again because something was undecided.
+    pub again: watch::Sender<Option<Instant>>,
+    /// The identities whose certificates are wanted; also keeps one enforcement at a time.
+    pub wanted: Mutex<BTreeSet<Identity>>,
+}
+
+impl Agent {
+    /// Makes a pod of what enrolling produced.
+    pub fn pod(&self, kept: Kept, netns: Netns, slot: PodSlot) -> Pod {
+        let (drain, draining) = self.draining.child();
+        let tasks = TaskGroup::new();
+        let owner = Arc::new(Owner {
+            uid: kept.pod.uid.as_str().into(),
+            namespace: kept.pod.namespace.as_str().into(),
+            name: kept.pod.name.as_str().into(),
+            service_account: kept.pod.service_account.as_str().into(),
+            node: self.node.clone(),
+            left: false.into(),
+        });
+        // Tunnels are tasks of the agent: those of the pod are counted to see when its connections have ended, and an
+        // idle tunnel would never let that happen.
+        let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
+        Pod { kept, netns, slot, owner, drain, draining, tasks, pool }
+    }
+
+    /// Takes a socket out of capture; before it connects.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn exempt(&self, socket: &Socket) -> Result<(), String> {
+        self.kernel.exempt(socket.as_fd()).map_err(|error| error.to_string())
+    }
+
+    /// Connects to the application of `pod` with the client's address.
+    ///
+    /// # Errors
+    /// See [`AppError`].
+    pub async fn dial_app(&self, pod: &Pod, client: IpAddr, to: SocketAddr) -> Result<TcpStream, AppError> {
+        let dialling = Dialling {
+            netns: &pod.netns,
+            mark: MARKING.mark,
+            exempt: &|socket| self.exempt(socket),
+            taken: &|source| self.connections.taken(source, to),
+            pick: self.chance.next(),
+        };
+        source::dial(&dialling, client, to).await
+    }
+
+    /// Takes a pod that is not served out of the kernel, if it is in there.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn forget(&self, uid: &str) -> Result<(), KernelError> {
+        for held in self.kernel.pods()? {
+            if held.uid == uid {
+                self.kernel.release(held.slot, kernel::Release::Deleted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings kernel, live connections and wanted certificates in line with the world and the pods as they are now.
+    /// Returns when all of it is in force.
+    ///
+    /// # Errors
+    /// The kernel refused; what permits less has been written then.
+    pub fn enforce(&self) -> Result<(), KernelError> {
+        let mut wanted = self.wanted.lock();
+        let (world, table) = (self.world.now(), self.pods.borrow().clone());
+        self.want(&mut wanted, world.as_deref(), &table);
+        // Without a world the pinned maps stay as they are: what was permitted before a restart goes on.
+        let Some(world) = world else { return Ok(()) };
+        let report = self.kernel.sync(&self.lower(&world, &table));
+        let mut swept = self.connections.sweep(&world, Instant::now());
+        swept.merge(self.direct.sweep(&self.kernel, &world, &table));
+        // A SYN that was under way during the first sweep has its record by now, or finds the generation changed.
+        swept.merge(self.direct.sweep(&self.kernel, &world, &table));
+        if swept.cut > 0 {
+            tracing::info!(cut = swept.cut, "live connections were cut by a change");
+        }
+        self.again.send_replace(swept.again);
+        report.map(|report| tracing::debug!(?report, "kernel in line"))
+    }
+
+    /// What the kernel should hold.
+    fn lower(&self, _world: &Snapshot, _table: &Table) -> kernel::KernelState {
+        kernel::KernelState { no_direct: true, ..kernel::KernelState::default() }
+    }
+
+    /// Asks for the certificates of the pods that are served, and lets go of others.
+    fn want(&self, wanted: &mut BTreeSet<Identity>, world: Option<&Snapshot>, table: &Table) {
+        let described = |owner: &Owner| world.and_then(|world| owner.workload(world).ok());
+        let now: BTreeSet<Identity> = table
+            .serving
+            .values()
+            .map(|pod| match described(&pod.owner) {
+                Some(workload) => workload.identity(),
+                None => Identity {
+                    trust_domain: self.trust_domain.clone(),
+                    namespace: pod.owner.namespace.clone(),
+                    service_account: pod.owner.service_account.clone(),
+                },
+            })
+            .collect();
+        now.difference(wanted).for_each(|identity| self.certificates.want(identity));
+        wanted.difference(&now).for_each(|identity| self.certificates.forget(identity));
+        *wanted = now;
+    }
+}
+
+/// Sweeps again whatever could not be decided, when its time has come.
+pub async fn sweep_again(agent: Arc<Agent>, draining: Draining) {
+    let mut again = agent.again.subscribe();
+    loop {
+        let due = *again.borrow_and_update();
+        let due = async {
+            match due {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = draining.forced() => return,
+            changed = again.changed() => if changed.is_err() { return },
+            () = due => if let Err(error) = agent.enforce() {
+                tracing::error!(%error, "the kernel could not be brought in line");
+            },
+        }
+    }
+}

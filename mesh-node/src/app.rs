@@ -1,0 +1,158 @@
+//! Builds the agent in the order in which bytes meet it: kernel → pods with their listeners → feed; and takes it down
+//! in reverse. What is pinned in the kernel stays in force.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use mesh_core::limits;
+use mesh_net::{
+    admin as endpoint,
+    clock::{Chance, Clock},
+    drain,
+    grpc::{self, ChannelConfig},
+    identity::{
+        CertificateManager,
+        request::{Asking, CaClient},
+    },
+    listen::Reserve,
+    task::TaskGroup,
+    telemetry::{LogControl, Metrics},
+    tunnel::Handshakes,
+};
+use parking_lot::Mutex;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use crate::{
+    admin::Admin,
+    agent::{Agent, sweep_again},
+    config::Config,
+    connections::Connections,
+    direct, feed,
+    kernel::{Kernel, KernelConfig},
+    pods::{Keeper, Table, enrol::Enrolment, record::Store},
+    world::World,
+};
+
+/// What remains of a forced drain.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Runs the agent until it has drained.
+///
+/// # Errors
+/// It cannot start; the message says what to do.
+pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
+    let (drain, draining) = drain::channel();
+    let tasks = TaskGroup::new();
+    let metrics = Metrics::new("ztunnel", env!("CARGO_PKG_VERSION"));
+
+    let (kernel, probe) = Kernel::open(&KernelConfig {
+        node: config.node.clone(),
+        bpffs: config.bpffs.clone(),
+        cgroup: config.cgroup.clone(),
+    })?;
+    let events = kernel.events().context("read the kernel's events")?;
+
+    let credential = Some(config.control.credential.clone());
+    let control = ChannelConfig {
+        server_name: Some(config.control.name.clone()),
+        ..ChannelConfig::new(config.control.address, config.control.roots.clone(), credential)
+    };
+    let ca = Arc::new(CaClient::new(grpc::channel(&control)?, Asking::ForPods));
+    let chance = Chance::random();
+    let certificates = CertificateManager::new(ca, Clock::system(), chance.clone(), &tasks);
+
+    let table = watch::Sender::new(Arc::new(Table::default()));
+    let agent = Arc::new(Agent {
+        node: config.node.as_str().into(),
+        trust_domain: config.trust_domain.as_str().into(),
+        kernel,
+        world: World::default(),
+        connections: Connections::default(),
+        direct: direct::Direct::default(),
+        certificates,
+        metrics,
+        handshakes: Handshakes::default(),
+        reserve: Some(Reserve::new().context("keep a descriptor back")?),
+        chance,
+        tasks: tasks.clone(),
+        draining: draining.clone(),
+        pods: table.subscribe(),
+        again: watch::Sender::new(None),
+        wanted: Mutex::new(BTreeSet::new()),
+    });
+    tasks.spawn(direct::listen(agent.clone(), events, draining.clone()));
+    tasks.spawn(sweep_again(agent.clone(), draining.clone()));
+
+    let (mut keeper, pods) = Keeper::new(agent.clone(), Store::new(&config.state_dir), table);
+    keeper.adopt().await.context("take up the pods that were enrolled before")?;
+    tasks.spawn(keeper.run(draining.clone()));
+    let enrol = endpoint::bind(&config.enrol_socket)?;
+    let enrolment = Arc::new(Enrolment { agent: agent.clone(), pods });
+    tasks.spawn(endpoint::serve(enrol, draining.clone(), tasks.clone(), enrolment));
+
+    let feed = feed::start(&agent, control)?;
+
+    let asked_to_drain = watch::Sender::new(false);
+    let admin = endpoint::bind(&config.admin_socket)?;
+    let handler = Arc::new(Admin {
+        agent: agent.clone(),
+        probe,
+        feed: feed.status,
+        log,
+        drain: asked_to_drain.clone(),
+    });
+    tasks.spawn(endpoint::serve(admin, draining.clone(), tasks.clone(), handler));
+
+    tracing::info!(node = config.node, "the agent runs");
+
+    told_to_stop(asked_to_drain.subscribe()).await?;
+    tracing::info!("draining");
+    drain.start();
+    tokio::select! {
+        () = drained(&agent) => {}
+        () = tokio::time::sleep(limits::DRAIN) => tracing::info!("drain deadline: cutting what is left"),
+        stop = told_to_stop(watch::Sender::new(false).subscribe()) => stop?,
+    }
+    drain.force();
+    for pod in served(&agent) {
+        pod.shutdown(GOODBYE).await;
+    }
+    tasks.shutdown(GOODBYE).await;
+    for socket in [&config.enrol_socket, &config.admin_socket] {
+        let _ = std::fs::remove_file(socket);
+    }
+    tracing::info!("stopped; what is pinned in the kernel stays in force");
+    Ok(())
+}
+
+/// SIGTERM, SIGINT or a request.
+async fn told_to_stop(mut asked: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let asked = async {
+        // Without a sender nobody will ever ask.
+        if asked.wait_for(|asked| *asked).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = asked => {}
+    }
+    Ok(())
+}
+
+fn served(agent: &Agent) -> Vec<TaskGroup> {
+    let table = agent.pods.borrow().clone();
+    table.serving.values().chain(&table.leaving).map(|pod| pod.tasks.clone()).collect()
+}
+
+async fn drained(agent: &Agent) {
+    for tasks in served(agent) {
+        tasks.idle().await;
+    }
+}

@@ -1,0 +1,280 @@
+//! What the agent was told: flags and environment, checked once.
+
+use std::{fs, io, net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use mesh_net::telemetry::LogFormat;
+use thiserror::Error;
+
+/// The node agent of Undermesh: captures the pods of one node and carries their connections.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-node", version, about)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs of the agent.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serves the pods of one node until SIGTERM.
+    Run(Box<Settings>),
+    /// Removes what agents left in the kernel: programs, links and maps. Pods are no longer captured afterwards.
+    Clean(CleanSettings),
+    /// Reports what this kernel offers and what is missing.
+    Probe(ProbeSettings),
+}
+
+/// Settings of `run` as written.
+#[derive(Clone, Debug, Args)]
+pub struct Settings {
+    /// Name of the Kubernetes node that this agent serves.
+    #[arg(long, env = "UNDERMESH_NODE")]
+    pub node: String,
+    /// Address of the control plane, discovery and CA.
+    #[arg(long, env = "UNDERMESH_CONTROL", value_name = "IP:PORT")]
+    pub control: SocketAddr,
+    /// PEM file with the roots that the control plane's certificate must chain to.
+    #[arg(long, env = "UNDERMESH_CONTROL_ROOTS", value_name = "FILE")]
+    pub control_roots: PathBuf,
+    /// DNS name in the control plane's certificate.
+    #[arg(
+        long,
+        env = "UNDERMESH_CONTROL_NAME",
+        default_value = "undermesh-control.undermesh-system.svc",
+        value_name = "NAME"
+    )]
+    pub control_name: String,
+    /// File with this node's bearer token; read again for every request.
+    #[arg(long, env = "UNDERMESH_CREDENTIAL", value_name = "FILE")]
+    pub credential: PathBuf,
+    /// Directory for what must survive a restart; created if absent.
+    #[arg(long, env = "UNDERMESH_STATE_DIR", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Unix socket on which pods are enrolled and released; root only.
+    #[arg(long, env = "UNDERMESH_ENROL_SOCKET", value_name = "SOCKET")]
+    pub enrol_socket: PathBuf,
+    /// Unix socket of the admin endpoint; root only.
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", value_name = "SOCKET")]
+    pub admin_socket: PathBuf,
+    /// Where the BPF file system is mounted.
+    #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
+    pub bpffs: PathBuf,
+    /// cgroup v2 directory to attach to; found in /proc/self/mountinfo if absent.
+    #[arg(long, env = "UNDERMESH_CGROUP", value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Trust domain until the control plane names another one.
+    #[arg(long, env = "UNDERMESH_TRUST_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
+    pub trust_domain: String,
+    /// Form of log lines.
+    #[arg(long, env = "UNDERMESH_LOG_FORMAT", default_value = "text", value_name = "text|json")]
+    pub log_format: LogFormat,
+}
+
+/// Settings of `clean` as written.
+#[derive(Clone, Debug, Args)]
+pub struct CleanSettings {
+    /// The node whose agent is cleaned up after.
+    #[arg(long, env = "UNDERMESH_NODE", required_unless_present = "all", conflicts_with = "all")]
+    pub node: Option<String>,
+    /// Every node's.
+    #[arg(long)]
+    pub all: bool,
+    /// Where the BPF file system is mounted.
+    #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
+    pub bpffs: PathBuf,
+}
+
+/// Settings of `probe` as written.
+#[derive(Clone, Debug, Args)]
+pub struct ProbeSettings {
+    /// Where the BPF file system is mounted.
+    #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
+    pub bpffs: PathBuf,
+    /// cgroup v2 directory to attach to; found in /proc/self/mountinfo if absent.
+    #[arg(long, env = "UNDERMESH_CGROUP", value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+}
+
+/// Why settings are unusable.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// A value breaks its rule.
+    #[error("{setting}: {reason}")]
+    Invalid {
+        /// The flag.
+        setting: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file cannot be read or a directory cannot be made.
+    #[error("{setting}: {}", path.display())]
+    File {
+        /// The flag.
+        setting: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Settings of `run`, complete and checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the node.
+    pub node: String,
+    /// The control plane.
+    pub control: Control,
+    /// Directory for what must survive a restart; exists.
+    pub state_dir: PathBuf,
+    /// Where pods are enrolled.
+    pub enrol_socket: PathBuf,
+    /// Where operators ask.
+    pub admin_socket: PathBuf,
+    /// The BPF file system.
+    pub bpffs: PathBuf,
+    /// Given cgroup directory.
+    pub cgroup: Option<PathBuf>,
+    /// Trust domain to start with.
+    pub trust_domain: String,
+}
+
+/// How the control plane is reached.
+#[derive(Clone, Debug)]
+pub struct Control {
+    /// Its address.
+    pub address: SocketAddr,
+    /// File with the PEM roots of its certificate; read again when they change.
+    pub roots: PathBuf,
+    /// DNS name in its certificate.
+    pub name: String,
+    /// File with the bearer token.
+    pub credential: PathBuf,
+}
+
+impl Config {
+    /// Checks the settings and prepares the directories that they name.
+    ///
+    /// # Errors
+    /// The first setting that cannot be used.
+    pub fn new(settings: &Settings) -> Result<Self, ConfigError> {
+        check_node(&settings.node)?;
+        let roots = read("--control-roots", &settings.control_roots)?;
+        if !roots.windows(11).any(|window| window == b"-----BEGIN ") {
+            return Err(invalid(
+                "--control-roots",
+                format!("{} holds no PEM block", settings.control_roots.display()),
+            ));
+        }
+        read("--credential", &settings.credential)?;
+        create(&settings.state_dir, "--state-dir")?;
+        for (socket, setting) in
+            [(&settings.enrol_socket, "--enrol-socket"), (&settings.admin_socket, "--admin-socket")]
+        {
+            if let Some(parent) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                create(parent, setting)?;
+            }
+        }
+        Ok(Self {
+            node: settings.node.clone(),
+            control: Control {
+                address: settings.control,
+                roots: settings.control_roots.clone(),
+                name: settings.control_name.clone(),
+                credential: settings.credential.clone(),
+            },
+            state_dir: settings.state_dir.clone(),
+            enrol_socket: settings.enrol_socket.clone(),
+            admin_socket: settings.admin_socket.clone(),
+            bpffs: settings.bpffs.clone(),
+            cgroup: settings.cgroup.clone(),
+            trust_domain: settings.trust_domain.clone(),
+        })
+    }
+}
+
+/// A node's name becomes a directory of bpffs, which has no dots in names of ours, and no path may hide in it.
+fn check_node(name: &str) -> Result<(), ConfigError> {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.');
+    if name.is_empty() || name.len() > 253 {
+        return Err(invalid("--node", "must have 1 to 253 characters".to_owned()));
+    }
+    if !name.bytes().all(legal) || name.starts_with(['.', '-']) || name.contains("..") {
+        return Err(invalid("--node", format!("{name:?} is not a Kubernetes node name")));
+    }
+    Ok(())
+}
+
+fn invalid(setting: &'static str, reason: String) -> ConfigError {
+    ConfigError::Invalid { setting, reason }
+}
+
+fn read(setting: &'static str, path: &PathBuf) -> Result<Vec<u8>, ConfigError> {
+    fs::read(path).map_err(|source| ConfigError::File { setting, path: path.clone(), source })
+}
+
+fn create(path: &std::path::Path, setting: &'static str) -> Result<(), ConfigError> {
+    fs::create_dir_all(path).map_err(|source| ConfigError::File { setting, path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(directory: &std::path::Path, node: &str) -> Settings {
+        let at = |name: &str| directory.join(name);
+        Settings {
+            node: node.to_owned(),
+            control: "192.0.2.1:15012".parse().unwrap(),
+            control_roots: at("roots.pem"),
+            control_name: "control".to_owned(),
+            credential: at("token"),
+            state_dir: at("state/deep"),
+            enrol_socket: at("run/enrol.sock"),
+            admin_socket: at("run/admin.sock"),
+            bpffs: at("bpf"),
+            cgroup: None,
+            trust_domain: "cluster.local".to_owned(),
+            log_format: LogFormat::Text,
+        }
+    }
+
+    #[test]
+    fn the_first_unusable_setting_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let check = |node: &str, expected: &str| {
+            let outcome = Config::new(&settings(directory.path(), node)).map(|_| ());
+            let said = outcome.map_or_else(|error| error.to_string(), |()| "fine".to_owned());
+            assert!(said.starts_with(expected), "{node:?}: {said}");
+        };
+        check("", "--node: must have");
+        check("../x", "--node: \"../x\" is not");
+        check("n/1", "--node: \"n/1\" is not");
+        check("N1", "--node: \"N1\" is not");
+        check("n1", "--control-roots: ");
+        fs::write(directory.path().join("roots.pem"), "nothing").unwrap();
+        check("n1", "--control-roots: ");
+        fs::write(directory.path().join("roots.pem"), "-----BEGIN CERTIFICATE-----").unwrap();
+        check("n1", "--credential: ");
+        fs::write(directory.path().join("token"), "secret").unwrap();
+        check("n1.example", "fine");
+        assert!(directory.path().join("state/deep").is_dir() && directory.path().join("run").is_dir());
+    }
+
+    #[test]
+    fn flags_are_those_of_the_contract() {
+        let line = "mesh-node run --node n1 --control 10.0.0.1:15012 --control-roots r --credential c --state-dir s \
+                    --enrol-socket e --admin-socket a --bpffs /b --log-format json";
+        let Command::Run(settings) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!("not run");
+        };
+        assert_eq!((settings.node.as_str(), settings.log_format), ("n1", LogFormat::Json));
+        assert!(Cli::try_parse_from(["mesh-node", "clean"]).is_err());
+        assert!(Cli::try_parse_from(["mesh-node", "clean", "--all", "--node", "x"]).is_err());
+        assert!(Cli::try_parse_from(["mesh-node", "clean", "--all"]).is_ok());
+        assert!(Cli::try_parse_from(["mesh-node", "probe"]).is_ok());
+    }
+}

@@ -1,0 +1,323 @@
+//! Connections that do not pass through the agent: told by the kernel, decided again when the world changes.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use mesh_core::{Refusal, explain, flag::Flag, inbound, limits, model::Workload, snapshot::Snapshot};
+use mesh_net::{
+    access::{AccessRecord, Outcome, Path, Side},
+    drain::Draining,
+    telemetry::ConnectionMetrics,
+};
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::{
+    agent::Agent,
+    connections::{End, Swept},
+    inbound::arrival,
+    kernel::{DirectFlow, Events, Kernel, KernelEvent, PodSlot, flag_of},
+    pods::{Pod, Table},
+    report::{self, Told},
+    world::not_known_yet,
+};
+
+/// What is remembered of direct flows, by the cookie of the client's socket.
+#[derive(Default)]
+pub struct Direct {
+    open: Mutex<HashMap<u64, Open>>,
+    undecided: Mutex<HashMap<u64, Instant>>,
+}
+
+struct Open {
+    record: AccessRecord,
+    /// The server's side of the same connection, in the metrics.
+    arrival: ConnectionMetrics,
+    cut: bool,
+}
+
+/// A direct flow as the admin endpoint lists it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedDirect {
+    /// Cookie of the client's socket.
+    pub id: u64,
+    /// Always the client's: it is one connection and one record.
+    pub direction: Side,
+    /// Always direct.
+    pub path: Path,
+    /// The client.
+    pub src: End,
+    /// The server.
+    pub dst: End,
+    /// What the client dialled.
+    pub dialled: SocketAddr,
+    /// The policy that decided.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// Why this path, in words.
+    pub reason: String,
+    /// The policy generation that permitted it.
+    pub generation: u64,
+}
+
+/// Pods by their place in the kernel.
+fn by_slot(table: &Table) -> BTreeMap<PodSlot, &Arc<Pod>> {
+    table.serving.values().chain(&table.leaving).map(|pod| (pod.slot, pod)).collect()
+}
+
+impl Direct {
+    /// Decides every live direct flow again and destroys what is denied now. A flow of a pod that has left the mesh is
+    /// no longer the mesh's to decide.
+    pub fn sweep(&self, kernel: &Kernel, world: &Snapshot, table: &Table) -> Swept {
+        let flows = match kernel.direct_flows() {
+            Ok(flows) => flows,
+            Err(error) => {
+                tracing::error!(%error, "live direct flows cannot be listed");
+                return Swept::default();
+            }
+        };
+        let serving: BTreeMap<PodSlot, &Arc<Pod>> =
+            table.serving.values().map(|pod| (pod.slot, pod)).collect();
+        let (mut swept, now) = (Swept::default(), Instant::now());
+        let mut undecided = self.undecided.lock();
+        undecided.retain(|socket, _| flows.iter().any(|flow| flow.socket == *socket));
+        for flow in &flows {
+            let (Some(src), Some(dst)) = (serving.get(&flow.src_pod), serving.get(&flow.dst_pod)) else {
+                continue;
+            };
+            match decide(world, src, dst, flow) {
+                Ok(()) => drop(undecided.remove(&flow.socket)),
+                Err(refusal) if not_known_yet(refusal.flag) => {
+                    let until = *undecided.entry(flow.socket).or_insert(now) + limits::HOLD;
+                    if now < until {
+                        swept.look_again(until);
+                    } else {
+                        swept.cut += self.destroy(kernel, flow);
+                    }
+                }
+                Err(_) => swept.cut += self.destroy(kernel, flow),
+            }
+        }
+        swept
+    }
+
+    /// Destroys the direct flows of a pod.
+    pub fn cut_pod(&self, kernel: &Kernel, pod: PodSlot) {
+        for flow in kernel.direct_flows().unwrap_or_default() {
+            if flow.src_pod == pod || flow.dst_pod == pod {
+                self.destroy(kernel, &flow);
+            }
+        }
+    }
+
+    /// Remembers that these were cut by a change of policy, for their records.
+    pub fn were_cut(&self, flows: &[DirectFlow]) {
+        let mut open = self.open.lock();
+        for flow in flows {
+            if let Some(open) = open.get_mut(&flow.socket) {
+                open.cut = true;
+            }
+        }
+    }
+
+    fn destroy(&self, kernel: &Kernel, flow: &DirectFlow) -> usize {
+        self.were_cut(std::slice::from_ref(flow));
+        match kernel.destroy(flow) {
+            Ok(ended) => usize::from(ended),
+            Err(error) => {
+                tracing::error!(src = %flow.src, dst = %flow.dst, %error, "a denied direct flow could not be cut");
+                0
+            }
+        }
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn list(&self, agent: &Agent) -> Result<Vec<ListedDirect>, crate::kernel::KernelError> {
+        let (world, table) = (agent.world.now(), agent.pods.borrow().clone());
+        let slots = by_slot(&table);
+        let flows = agent.kernel.direct_flows()?;
+        Ok(flows
+            .iter()
+            .filter(|flow| flow.established)
+            .map(|flow| listed(world.as_deref(), &slots, flow))
+            .collect())
+    }
+
+    fn opened(&self, agent: &Agent, flow: &DirectFlow) {
+        let (src, dst) = ends(agent, flow.src_pod, flow.src, flow.dst);
+        let world = agent.world.now();
+        let proven = src.as_ref().map(|src| src.identity());
+        let expected = dst.as_ref().map(|dst| dst.identity());
+        let mut record = AccessRecord::open(Side::Outbound, Some(flow.src));
+        record.details.src = report::party(flow.src, src.as_deref(), proven.clone());
+        record.details.dst = report::party(flow.dst, dst.as_deref(), expected.clone());
+        record.details.path = Some(Path::Direct);
+        record.details.reason = Some(REASON.to_owned());
+        let dialled = flow.dialled.filter(|dialled| *dialled != flow.dst);
+        let service = match (&world, &src, dialled) {
+            (Some(world), Some(src), Some(dialled)) => {
+                world.service_by_vip(&src.namespace, dialled.ip()).cloned()
+            }
+            _ => None,
+        };
+        record.details.service = service.as_ref().map(|service| service.key.hostname.to_string());
+        if let (Some(world), Some(dst)) = (&world, &dst) {
+            let arrival = arrival(proven.clone(), flow.src, flow.dst, None);
+            if let Ok(admission) = inbound::admit(world, dst, &arrival) {
+                record.details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
+            }
+        }
+        // Identities are the kernel's knowledge here, not a handshake's.
+        let told = Told {
+            source: src,
+            source_identity: None,
+            destination: dst,
+            destination_identity: None,
+            service,
+        };
+        told.count(&mut record, &agent.metrics, Side::Outbound);
+        let arrival = agent.metrics.connection(told.labels(Side::Inbound, Path::Direct.name()));
+        agent.connections.direct(flow.src, flow.dst, true);
+        self.open.lock().insert(flow.socket, Open { record, arrival, cut: false });
+    }
+
+    fn closed(&self, agent: &Agent, flow: &DirectFlow, sent_bytes: u64, received_bytes: u64) {
+        agent.connections.direct(flow.src, flow.dst, false);
+        // Opened before this process: its record was the former one's.
+        let Some(Open { record, arrival, cut }) = self.open.lock().remove(&flow.socket) else { return };
+        let counters = record.counters();
+        counters.add_a_to_b(sent_bytes);
+        counters.add_b_to_a(received_bytes);
+        arrival.received_bytes.inc_by(sent_bytes);
+        arrival.sent_bytes.inc_by(received_bytes);
+        let flag = cut.then_some(Flag::PolicyChanged);
+        arrival.closed(flag);
+        match flag {
+            Some(flag) => record.fail(flag, flag.text()),
+            None => record.close(Outcome::Complete),
+        }
+    }
+}
+
+/// Why a direct flow is direct.
+const REASON: &str = "both pods are on this node and layer 4 decides everything";
+
+fn decide(world: &Snapshot, src: &Pod, dst: &Pod, flow: &DirectFlow) -> Result<(), Refusal> {
+    let (src, dst) = (src.owner.workload(world)?, dst.owner.workload(world)?);
+    let arrival = arrival(Some(src.identity()), flow.src, flow.dst, None);
+    inbound::admit(world, &dst, &arrival).map(|_| ())
+}
+
+fn listed(world: Option<&Snapshot>, slots: &BTreeMap<PodSlot, &Arc<Pod>>, flow: &DirectFlow) -> ListedDirect {
+    let workload = |slot| slots.get(&slot).zip(world).and_then(|(pod, world)| pod.owner.workload(world).ok());
+    let (src, dst) = (workload(flow.src_pod), workload(flow.dst_pod));
+    let end = |addr, workload: &Option<Arc<Workload>>| {
+        End::of(&report::party(addr, workload.as_deref(), workload.as_ref().map(|w| w.identity())), addr)
+    };
+    let admission = world.zip(src.as_ref()).zip(dst.as_ref()).and_then(|((world, src), dst)| {
+        inbound::admit(world, dst, &arrival(Some(src.identity()), flow.src, flow.dst, None)).ok()
+    });
+    ListedDirect {
+        id: flow.socket,
+        direction: Side::Outbound,
+        path: Path::Direct,
+        src: end(flow.src, &src),
+        dst: end(flow.dst, &dst),
+        dialled: flow.dialled.unwrap_or(flow.dst),
+        policy: admission.as_ref().and_then(|a| a.decider.as_ref()).map(|decider| decider.policy.to_string()),
+        reason: admission
+            .map_or_else(|| REASON.to_owned(), |a| format!("{REASON}; {}", explain::admission(&a))),
+        generation: flow.generation,
+    }
+}
+
+/// Who is at the two ends, as far as the world knows.
+fn ends(
+    agent: &Agent,
+    src_pod: PodSlot,
+    src: SocketAddr,
+    dst: SocketAddr,
+) -> (Option<Arc<Workload>>, Option<Arc<Workload>>) {
+    let Some(world) = agent.world.now() else { return (None, None) };
+    let table = agent.pods.borrow().clone();
+    let own = by_slot(&table).get(&src_pod).and_then(|pod| pod.owner.workload(&world).ok());
+    (own.or_else(|| world.workload_by_ip(src.ip()).cloned()), world.workload_by_ip(dst.ip()).cloned())
+}
+
+/// Tells what the kernel did, until the drain is forced.
+pub async fn listen(agent: Arc<Agent>, mut events: Events, draining: Draining) {
+    for flow in agent.kernel.direct_flows().unwrap_or_default() {
+        agent.connections.direct(flow.src, flow.dst, true);
+    }
+    loop {
+        let event = tokio::select! {
+            () = draining.forced() => return,
+            event = events.next() => event,
+        };
+        match event {
+            Ok(event) => told(&agent, event),
+            Err(error) => {
+                tracing::error!(%error, "the kernel's events cannot be read; direct flows have no records");
+                return;
+            }
+        }
+    }
+}
+
+fn told(agent: &Agent, event: KernelEvent) {
+    match event {
+        KernelEvent::DirectOpened(flow) => agent.direct.opened(agent, &flow),
+        KernelEvent::DirectClosed { flow, sent_bytes, received_bytes, rtt_us, retransmits } => {
+            tracing::trace!(src = %flow.src, dst = %flow.dst, rtt_us, retransmits, "direct flow ended");
+            agent.direct.closed(agent, &flow, sent_bytes, received_bytes);
+        }
+        KernelEvent::Refused { reason, flag, src_pod, src, dst, dialled, .. } => {
+            refused(agent, (src_pod, src, dst, dialled), flag, reason.text());
+        }
+        KernelEvent::Cut { reason, src, dst, .. } => {
+            let flag = flag_of(reason);
+            agent.metrics.refuse(flag);
+            let mut record = AccessRecord::open(Side::Inbound, Some(src));
+            record.details.dst.addr = Some(dst);
+            record.fail(flag, reason.text());
+        }
+    }
+}
+
+/// A refusal of the kernel, with the policy that it followed.
+fn refused(
+    agent: &Agent,
+    (src_pod, src, dst, dialled): (PodSlot, SocketAddr, SocketAddr, Option<SocketAddr>),
+    flag: Flag,
+    text: &str,
+) {
+    let (source, destination) = ends(agent, src_pod, src, dst);
+    let mut record = AccessRecord::open(Side::Outbound, Some(src));
+    record.details.src = report::party(src, source.as_deref(), None);
+    record.details.dst = report::party(dst, destination.as_deref(), None);
+    record.details.path = Some(Path::Direct);
+    let world = agent.world.now();
+    let (mut flag, mut error) = (flag, text.to_owned());
+    if let (Flag::PolicyDenied, Some(world), Some(source), Some(destination)) =
+        (flag, &world, &source, &destination)
+    {
+        let arrival = arrival(Some(source.identity()), src, dst, None);
+        if let Err(refusal) = inbound::admit(world, destination, &arrival) {
+            (flag, error) = (refusal.flag, refusal.why);
+            record.details.policy = refusal.policy.map(|key| key.to_string());
+        }
+    }
+    if let (Some(world), Some(source), Some(dialled)) = (&world, &source, dialled) {
+        let service = world.service_by_vip(&source.namespace, dialled.ip());
+        record.details.service = service.map(|service| service.key.hostname.to_string());
+    }
+    Told { source, destination, ..Told::default() }.count(&mut record, &agent.metrics, Side::Outbound);
+    record.fail(flag, error);
+}

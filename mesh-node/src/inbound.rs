@@ -1,0 +1,209 @@
+//! What arrives in tunnels: identity → admit → application → copy.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use mesh_core::{
+    explain,
+    id::Identity,
+    inbound::{self, Arrival},
+    tunnel,
+};
+use mesh_net::{
+    access::{AccessRecord, Path, Side},
+    copy::copy_bidirectional,
+    socket,
+    tunnel::{Ended, Incoming, Serving, serve_connection},
+};
+use tokio::net::TcpStream;
+
+use crate::{
+    agent::Agent,
+    connections::{Accepted, Live, Subject},
+    outbound::ended,
+    pods::Pod,
+    report::{self, Failure, Told},
+};
+
+/// Serves one carrier of tunnels to its end. Each stream has a record of its own; the carrier has one only if it never
+/// came to streams.
+pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, carrier: TcpStream, from: SocketAddr) {
+    let Ok(to) = carrier.local_addr().map(socket::canonical) else { return };
+    let failure = match accept(agent, pod, carrier, from, to).await {
+        Ok(ended) => ended.flag().map(|flag| Failure::new(flag, told(&ended))),
+        Err(failure) => Some(failure),
+    };
+    if let Some(failure) = failure {
+        agent.metrics.refuse(failure.flag);
+        let mut record = AccessRecord::open(Side::Inbound, Some(from));
+        (record.details.dst.addr, record.details.path) = (Some(to), Some(Path::Tunnel));
+        report::close(record, Err(failure));
+    }
+}
+
+async fn accept(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    carrier: TcpStream,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> Result<Ended, Failure> {
+    let _ = socket::tune(&carrier);
+    let own = agent.world.decide(|world| pod.owner.workload(world)).await?;
+    let certificate = agent
+        .certificates
+        .get(&own.identity())
+        .await
+        .map_err(|flag| Failure::new(flag, format!("no certificate of {}", own.identity())))?;
+    let serving = Serving {
+        tls: certificate.server_tls(),
+        draining: pod.draining.clone(),
+        tasks: pod.tasks.clone(),
+        handshakes: agent.handshakes.clone(),
+    };
+    let (agent, pod) = (agent.clone(), pod.clone());
+    let served = serve_connection(carrier, from, serving, move |incoming| {
+        let (agent, pod) = (agent.clone(), pod.clone());
+        async move { stream(&agent, &pod, incoming, to.ip()).await }
+    });
+    Ok(served.await)
+}
+
+fn told(ended: &Ended) -> String {
+    match ended {
+        Ended::Tls(error) => crate::pods::chain(error),
+        Ended::H2(error) => error.clone(),
+        Ended::Deadline => "the peer did not finish its handshake in time".to_owned(),
+        Ended::Overload => "too many handshakes at the same time".to_owned(),
+        Ended::Closed { .. } | Ended::Drained => String::new(),
+    }
+}
+
+/// Serves one tunnelled connection to its end.
+async fn stream(agent: &Arc<Agent>, pod: &Arc<Pod>, incoming: Incoming, local: IpAddr) {
+    let mut record = AccessRecord::open(Side::Inbound, Some(incoming.peer_addr));
+    record.details.path = Some(Path::Tunnel);
+    record.details.hbone_addr = Some(incoming.authority.clone());
+    record.details.src.identity = Some(incoming.peer.clone());
+    let outcome = carry(agent, pod, incoming, local, &mut record).await;
+    report::close(record, outcome);
+}
+
+async fn carry(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    incoming: Incoming,
+    local: IpAddr,
+    record: &mut AccessRecord,
+) -> Result<(), Failure> {
+    let to = match inbound::serves(local, &incoming.authority) {
+        Ok(to) => to,
+        Err(refusal) => return Err(refuse(incoming, refusal.into())),
+    };
+    record.details.dst.addr = Some(to);
+    let from = incoming.peer_addr;
+    let claim = incoming.headers.client_claim.clone();
+    let arrival = arrival(Some(incoming.peer.clone()), from, to, claim);
+    let live = agent.connections.register(Accepted {
+        owner: pod.owner.clone(),
+        side: Side::Inbound,
+        client: from,
+        dialled: to,
+        own_tuple: false,
+        subject: Subject::Inbound(arrival.clone()),
+    });
+    report::show(&live, record);
+    tokio::select! {
+        outcome = live.until_cut(relay(agent, pod, incoming, to, &arrival, record, &live)) => outcome?,
+        () = pod.draining.forced() => Err(ended(agent, pod)),
+    }
+}
+
+async fn relay(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    incoming: Incoming,
+    to: SocketAddr,
+    arrival: &Arrival,
+    record: &mut AccessRecord,
+    live: &Live,
+) -> Result<(), Failure> {
+    let from = incoming.peer_addr;
+    if let Err(failure) = admitted(agent, pod, arrival, (from, to), record, live).await {
+        return Err(refuse(incoming, failure));
+    }
+    let mut app = match agent.dial_app(pod, from.ip(), to).await {
+        Ok(app) => app,
+        Err(error) => return Err(refuse(incoming, error.into())),
+    };
+    let baggage = agent
+        .world
+        .now()
+        .and_then(|world| pod.owner.workload(&world).ok())
+        .map(|own| tunnel::baggage_of(&own));
+    let mut client = incoming
+        .accept(baggage.as_deref())
+        .map_err(|error| Failure::new(mesh_core::flag::Flag::Aborted, error.to_string()))?;
+    copy_bidirectional(&mut client, &mut app, &record.counters()).await?;
+    Ok(())
+}
+
+fn refuse(incoming: Incoming, failure: Failure) -> Failure {
+    incoming.refuse(failure.status(), failure.flag);
+    failure
+}
+
+/// A connection that wants in, as policy sees it.
+pub fn arrival(
+    peer: Option<Identity>,
+    from: SocketAddr,
+    to: SocketAddr,
+    claimed_client: Option<Identity>,
+) -> Arrival {
+    Arrival { peer, source_ip: from.ip(), destination_ip: to.ip(), port: to.port(), claimed_client }
+}
+
+/// Asks policy, and tells record, metrics and list what came of it.
+///
+/// # Errors
+/// Policy refuses.
+pub async fn admitted(
+    agent: &Agent,
+    pod: &Pod,
+    arrival: &Arrival,
+    (from, to): (SocketAddr, SocketAddr),
+    record: &mut AccessRecord,
+    live: &Live,
+) -> Result<(), Failure> {
+    let decided = agent
+        .world
+        .decide(|world| {
+            let own = pod.owner.workload(world)?;
+            inbound::admit(world, &own, arrival)
+        })
+        .await;
+    let world = agent.world.now();
+    let own = world.as_ref().and_then(|world| pod.owner.workload(world).ok());
+    // Who has that address now, for the log; identity is only what was proven.
+    let source = world.as_ref().and_then(|world| world.workload_by_ip(from.ip()).cloned());
+    let proven = arrival.peer.clone();
+    record.details.src = report::party(from, source.as_deref(), proven.clone());
+    let own_identity = own.as_ref().map(|own| own.identity()).filter(|_| proven.is_some());
+    record.details.dst = report::party(to, own.as_deref(), own_identity.clone());
+    if let Ok(admission) = &decided {
+        record.details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
+        record.details.reason = Some(explain::admission(admission));
+    }
+    let told = Told {
+        source,
+        source_identity: proven,
+        destination: own,
+        destination_identity: own_identity,
+        service: None,
+    };
+    told.count(record, &agent.metrics, Side::Inbound);
+    report::show(live, record);
+    decided.map(|_| ()).map_err(Failure::from)
+}

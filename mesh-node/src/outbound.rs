@@ -1,0 +1,222 @@
+//! What a pod sends: accept → flow record → plan → dial → copy.
+
+use std::{io, net::SocketAddr, sync::Arc};
+
+use mesh_core::{
+    explain,
+    flag::Flag,
+    limits,
+    model::{Service, Workload},
+    outbound::{self, Plan, Request},
+    tunnel,
+};
+use mesh_net::{
+    BoxFuture,
+    access::{AccessRecord, Path, Side},
+    copy::copy_bidirectional,
+    socket::{self, DialOptions},
+    tunnel::{Connector, Dial, TunnelHeaders},
+};
+use tokio::net::TcpStream;
+
+use crate::{
+    agent::Agent,
+    connections::{Accepted, Live, Subject},
+    pods::{Pod, netns::Netns},
+    report::{self, Failure, Told},
+    source::AppError,
+};
+
+/// Serves one connection that the kernel handed to the outbound listener, to its end.
+pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, from: SocketAddr) {
+    let mut record = AccessRecord::open(Side::Outbound, Some(from));
+    let outcome = carry(agent, pod, &mut client, from, &mut record).await;
+    if outcome.is_err() {
+        // The client believed to be connected: a reset says that it never was, or is no longer.
+        let _ = socket::reset_on_close(&client);
+    }
+    report::close(record, outcome);
+}
+
+async fn carry(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    client: &mut TcpStream,
+    from: SocketAddr,
+    record: &mut AccessRecord,
+) -> Result<(), Failure> {
+    let to = client.local_addr().map_err(|error| Failure::new(Flag::Internal, error.to_string()))?;
+    let to = socket::canonical(to);
+    record.details.dst.addr = Some(to);
+    let flow = agent.kernel.flow(pod.slot, from, to).ok_or_else(|| {
+        Failure::new(
+            Flag::NoFlowRecord,
+            format!("the kernel has no record of a connection from {from} to {to}"),
+        )
+    })?;
+    let request = Request { to: flow.dialled, chosen: flow.chosen, pick: agent.chance.next() };
+    let live = agent.connections.register(Accepted {
+        owner: pod.owner.clone(),
+        side: Side::Outbound,
+        client: from,
+        dialled: flow.dialled,
+        own_tuple: false,
+        subject: Subject::Outbound(request),
+    });
+    tokio::select! {
+        outcome = live.until_cut(planned(agent, pod, client, from, request, record, &live)) => outcome?,
+        () = pod.draining.forced() => Err(ended(agent, pod)),
+    }
+}
+
+/// Why a forced drain ends a connection.
+pub fn ended(agent: &Agent, pod: &Pod) -> Failure {
+    let flag = if pod.is_released(&agent.draining) { Flag::PodReleased } else { Flag::Drain };
+    Failure::new(flag, flag.text())
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one connection's whole state, in the order in which it came to be"
+)]
+async fn planned(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    client: &mut TcpStream,
+    from: SocketAddr,
+    request: Request,
+    record: &mut AccessRecord,
+    live: &Live,
+) -> Result<(), Failure> {
+    let _ = socket::tune(client);
+    let decided = agent
+        .world
+        .decide(|world| {
+            let own = pod.owner.workload(world)?;
+            let plan = outbound::plan(world, &own, &request)?;
+            Ok((own, plan))
+        })
+        .await;
+    let (own, plan) = match decided {
+        Ok(decided) => decided,
+        Err(refusal) => {
+            let source = agent.world.now().and_then(|world| pod.owner.workload(&world).ok());
+            record.details.src = report::party(from, source.as_deref(), None);
+            Told { source, ..Told::default() }.count(record, &agent.metrics, Side::Outbound);
+            return Err(refusal.into());
+        }
+    };
+    let route = Route::of(&plan, &own);
+    route.tell(record, from);
+    route.told.count(record, &agent.metrics, Side::Outbound);
+    report::show(live, record);
+    match plan {
+        Plan::Passthrough { to } | Plan::Plain { to, .. } => {
+            let mut server = dial_plain(agent, pod, to).await?;
+            copy_bidirectional(client, &mut server, &record.counters()).await?;
+        }
+        Plan::Tunnel { hop, authority, service, .. } | Plan::Waypoint { hop, authority, service, .. } => {
+            let host = service.as_ref().map(|service| &*service.key.hostname);
+            let dial = Dial {
+                identity: own.identity(),
+                hop: mesh_net::tunnel::Hop { dial: hop.dial, expect: hop.expect },
+                source: from.ip(),
+                authority: tunnel::format_authority(authority),
+                headers: TunnelHeaders {
+                    baggage: Some(tunnel::baggage_of(&own)),
+                    forwarded: Some(tunnel::forwarded(from, host)),
+                    client_claim: None,
+                },
+                connect: Arc::new(InPod { agent: agent.clone(), netns: pod.netns.clone() }),
+            };
+            let mut server = pod.pool.open(dial).await?;
+            record.details.dst.identity = Some(server.peer().clone());
+            report::show(live, record);
+            copy_bidirectional(client, &mut server, &record.counters()).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn dial_plain(agent: &Agent, pod: &Pod, to: SocketAddr) -> Result<TcpStream, AppError> {
+    let opened = pod.netns.run(|| socket::for_dial(to, &DialOptions::default()))?;
+    let opened = opened.map_err(|source| AppError::Io { to, source })?;
+    agent.exempt(&opened).map_err(AppError::Exempt)?;
+    socket::connect(opened, to, limits::CONNECT).await.map_err(|source| AppError::connect(to, source))
+}
+
+/// Makes the carrier of a tunnel inside the pod's namespace.
+struct InPod {
+    agent: Arc<Agent>,
+    netns: Netns,
+}
+
+impl Connector for InPod {
+    fn connect(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
+        Box::pin(async move {
+            let opened = self
+                .netns
+                .run(|| socket::for_dial(to, &DialOptions::default()))
+                .map_err(io::Error::other)??;
+            self.agent.exempt(&opened).map_err(io::Error::other)?;
+            socket::connect(opened, to, limits::CONNECT).await
+        })
+    }
+}
+
+/// A plan as it is told.
+struct Route {
+    path: Path,
+    hop: SocketAddr,
+    authority: Option<SocketAddr>,
+    reason: String,
+    told: Told,
+}
+
+impl Route {
+    fn of(plan: &Plan, own: &Arc<Workload>) -> Self {
+        let told = |destination: Option<&Arc<Workload>>, service: Option<&Arc<Service>>, proven: bool| Told {
+            source: Some(own.clone()),
+            source_identity: proven.then(|| own.identity()),
+            destination: destination.cloned(),
+            destination_identity: destination.filter(|_| proven).map(|workload| workload.identity()),
+            service: service.cloned(),
+        };
+        let reason = explain::plan(plan);
+        match plan {
+            Plan::Passthrough { to } => Self {
+                path: Path::Passthrough,
+                hop: *to,
+                authority: None,
+                reason,
+                told: told(None, None, false),
+            },
+            Plan::Plain { to, workload, service } => Self {
+                path: Path::Plain,
+                hop: *to,
+                authority: None,
+                reason,
+                told: told(Some(workload), service.as_ref(), false),
+            },
+            Plan::Tunnel { hop, authority, workload, service }
+            | Plan::Waypoint { hop, authority, workload, service } => Self {
+                path: Path::Tunnel,
+                hop: hop.dial,
+                authority: Some(*authority),
+                reason,
+                told: told(Some(workload), service.as_ref(), true),
+            },
+        }
+    }
+
+    fn tell(&self, record: &mut AccessRecord, from: SocketAddr) {
+        let details = &mut record.details;
+        details.src = report::party(from, self.told.source.as_deref(), self.told.source_identity.clone());
+        // Its identity is told once it has been proven.
+        details.dst = report::party(self.hop, self.told.destination.as_deref(), None);
+        details.hbone_addr = self.authority.map(tunnel::format_authority);
+        details.service = self.told.service.as_ref().map(|service| service.key.hostname.to_string());
+        details.path = Some(self.path);
+        details.reason = Some(self.reason.clone());
+    }
+}

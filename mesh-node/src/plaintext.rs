@@ -1,0 +1,86 @@
+//! What arrives without a tunnel: admit or refuse, then copy to the application.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use mesh_core::{flag::Flag, inbound::Arrival, tunnel::ILLEGAL_PORTS};
+use mesh_net::{
+    access::{AccessRecord, Path, Side},
+    copy::copy_bidirectional,
+    socket,
+};
+use tokio::net::TcpStream;
+
+use crate::{
+    agent::Agent,
+    connections::{Accepted, Live, Subject},
+    inbound::{admitted, arrival},
+    outbound::ended,
+    pods::Pod,
+    report::{self, Failure},
+};
+
+/// Serves one plaintext connection to its end.
+pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, from: SocketAddr) {
+    let mut record = AccessRecord::open(Side::Inbound, Some(from));
+    let outcome = carry(agent, pod, &mut client, from, &mut record).await;
+    if outcome.is_err() {
+        let _ = socket::reset_on_close(&client);
+    }
+    report::close(record, outcome);
+}
+
+async fn carry(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    client: &mut TcpStream,
+    from: SocketAddr,
+    record: &mut AccessRecord,
+) -> Result<(), Failure> {
+    let to = client.local_addr().map_err(|error| Failure::new(Flag::Internal, error.to_string()))?;
+    let to = socket::canonical(to);
+    record.details.dst.addr = Some(to);
+    record.details.path = Some(Path::Plaintext);
+    if ILLEGAL_PORTS.contains(&to.port()) {
+        return Err(Failure::new(Flag::IllegalPort, format!("port {} is the mesh's own", to.port())));
+    }
+    if !pod.kept.pod.ips.contains(&to.ip()) {
+        return Err(Failure::new(
+            Flag::IllegalAuthority,
+            format!("{} is not an address of this pod", to.ip()),
+        ));
+    }
+    let arrival = arrival(None, from, to, None);
+    let live = agent.connections.register(Accepted {
+        owner: pod.owner.clone(),
+        side: Side::Inbound,
+        client: from,
+        dialled: to,
+        own_tuple: true,
+        subject: Subject::Inbound(arrival.clone()),
+    });
+    tokio::select! {
+        outcome = live.until_cut(relay(agent, pod, client, (from, to), &arrival, record, &live)) => outcome?,
+        () = pod.draining.forced() => Err(ended(agent, pod)),
+    }
+}
+
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one connection's whole state, in the order in which it came to be"
+)]
+async fn relay(
+    agent: &Arc<Agent>,
+    pod: &Arc<Pod>,
+    client: &mut TcpStream,
+    (from, to): (SocketAddr, SocketAddr),
+    arrival: &Arrival,
+    record: &mut AccessRecord,
+    live: &Live,
+) -> Result<(), Failure> {
+    let _ = socket::tune(client);
+    report::show(live, record);
+    admitted(agent, pod, arrival, (from, to), record, live).await?;
+    let mut app = agent.dial_app(pod, from.ip(), to).await?;
+    copy_bidirectional(client, &mut app, &record.counters()).await?;
+    Ok(())
+}

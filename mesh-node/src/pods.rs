@@ -1,0 +1,527 @@
+//! Which pods are ours: enrolled and released by request, adopted after a restart, released when their namespace
+//! vanishes. One task owns them all, so that requests about a pod never overlap.
+
+pub mod enrol;
+pub mod lifecycle;
+pub mod netns;
+pub mod record;
+pub mod route;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use mesh_core::{flag::Flag, limits};
+use mesh_net::{
+    access::Path,
+    drain::{Drain, Draining},
+    task::TaskGroup,
+    tunnel::Pool,
+};
+use thiserror::Error;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::MissedTickBehavior,
+};
+
+use self::{
+    lifecycle::{Held, Release, Step, on_put},
+    netns::{Name, Netns, NetnsError, name_of},
+    record::{BadRecord, Kept, PodRecord, Store, StoreError},
+    route::RouteError,
+};
+use crate::{
+    agent::Agent,
+    connections::Owner,
+    kernel::{self, KernelError, PodSlot},
+    listeners,
+};
+
+/// How often the names of namespaces are looked at.
+const WATCH: Duration = Duration::from_millis(500);
+/// How often rule, route and setting of every pod are put in force again, in case their owner removed them.
+const HEAL: Duration = Duration::from_secs(5);
+/// Requests that may wait.
+const QUEUE: usize = 64;
+/// Connections that are cut get this long to say goodbye.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// One enrolled pod.
+pub struct Pod {
+    /// What it is.
+    pub kept: Kept,
+    /// Its open namespace.
+    pub netns: Netns,
+    /// Its place in the kernel.
+    pub slot: PodSlot,
+    /// Its name on its connections.
+    pub owner: Arc<Owner>,
+    /// Signals its connections.
+    pub drain: Drain,
+    /// What its connections watch.
+    pub draining: Draining,
+    /// Parent of its listeners and connections.
+    pub tasks: TaskGroup,
+    /// Its tunnels.
+    pub pool: Pool,
+}
+
+impl Pod {
+    /// Whether it was let go while the agent goes on.
+    pub fn is_released(&self, agent: &Draining) -> bool {
+        self.draining.is_started() && !agent.is_started()
+    }
+}
+
+impl From<Release> for kernel::Release {
+    fn from(how: Release) -> Self {
+        match how {
+            Release::Deleted => Self::Deleted,
+            Release::Leave => Self::Leave,
+        }
+    }
+}
+
+/// Why a pod could not be enrolled or released.
+#[derive(Debug, Error)]
+pub enum EnrolError {
+    /// The request is wrong.
+    #[error(transparent)]
+    Record(#[from] BadRecord),
+    /// Another pod is in the way.
+    #[error("{what} belongs to the enrolled pod {uid}")]
+    Conflict {
+        /// The other one.
+        uid: String,
+        /// What both claim.
+        what: String,
+    },
+    /// The namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// Rule, route or setting.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// A listener.
+    #[error("listen on port {port} inside the pod")]
+    Listen {
+        /// Which one.
+        port: u16,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The file of enrolled pods.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The agent is shutting down.
+    #[error("the agent is shutting down")]
+    Draining,
+    /// A thread was lost.
+    #[error("the work of enrolling panicked")]
+    Panicked,
+}
+
+impl EnrolError {
+    /// The stable code.
+    pub fn flag(&self) -> Flag {
+        match self {
+            Self::Record(_) | Self::Conflict { .. } => Flag::MalformedRequest,
+            Self::Kernel(error) => error.flag(),
+            Self::Draining => Flag::Drain,
+            _ => Flag::Internal,
+        }
+    }
+
+    /// The status of the answer.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Record(_) => 400,
+            Self::Conflict { .. } => 409,
+            Self::Netns(NetnsError::Open { .. } | NetnsError::Own { .. }) => 422,
+            Self::Draining => 503,
+            _ => 500,
+        }
+    }
+}
+
+/// The pods as everybody else sees them; replaced as a whole.
+#[derive(Clone, Default)]
+pub struct Table {
+    /// Captured and served.
+    pub serving: BTreeMap<String, Arc<Pod>>,
+    /// Kept from before a restart, not served yet, with the reason.
+    pub failed: BTreeMap<String, (Kept, String)>,
+    /// Released, with connections left.
+    pub leaving: Vec<Arc<Pod>>,
+}
+
+enum Command {
+    Enrol(PodRecord, oneshot::Sender<Result<(), EnrolError>>),
+    Release(String, Release, oneshot::Sender<Result<bool, EnrolError>>),
+}
+
+/// The way to the task that owns the pods.
+#[derive(Clone)]
+pub struct Pods {
+    commands: mpsc::Sender<Command>,
+    table: watch::Receiver<Arc<Table>>,
+}
+
+impl Pods {
+    /// Captures and serves a pod; returns when both are in force.
+    ///
+    /// # Errors
+    /// Nothing of the pod is in force then.
+    pub async fn enrol(&self, pod: PodRecord) -> Result<(), EnrolError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Enrol(pod, reply)).await.map_err(|_| EnrolError::Draining)?;
+        answer.await.map_err(|_| EnrolError::Draining)?
+    }
+
+    /// Lets a pod go; false when it was not enrolled.
+    ///
+    /// # Errors
+    /// The kernel or the state directory refused.
+    pub async fn release(&self, uid: String, how: Release) -> Result<bool, EnrolError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Release(uid, how, reply)).await.map_err(|_| EnrolError::Draining)?;
+        answer.await.map_err(|_| EnrolError::Draining)?
+    }
+
+    /// The pods now.
+    pub fn table(&self) -> Arc<Table> {
+        self.table.borrow().clone()
+    }
+}
+
+/// The task that owns the pods.
+pub struct Keeper {
+    agent: Arc<Agent>,
+    store: Store,
+    table: watch::Sender<Arc<Table>>,
+    commands: mpsc::Receiver<Command>,
+}
+
+enum Event {
+    Drain,
+    Asked(Option<Command>),
+    Watch,
+    Heal,
+}
+
+impl Keeper {
+    /// The keeper, and the way to it. `table` is where everybody else sees the pods.
+    pub fn new(agent: Arc<Agent>, store: Store, table: watch::Sender<Arc<Table>>) -> (Self, Pods) {
+        let (sender, commands) = mpsc::channel(QUEUE);
+        let pods = Pods { commands: sender, table: table.subscribe() };
+        (Self { agent, store, table, commands }, pods)
+    }
+
+    /// Takes up what was enrolled before: pods that were kept are served again, and what the kernel still captures
+    /// without being kept is let go.
+    ///
+    /// # Errors
+    /// The state directory cannot be read, or the kernel refuses.
+    pub async fn adopt(&mut self) -> Result<(), EnrolError> {
+        let kept = self.store.load()?;
+        for held in self.agent.kernel.pods()? {
+            if !kept.iter().any(|kept| kept.pod.uid == held.uid) {
+                tracing::warn!(uid = held.uid, "the kernel captures a pod that was never kept; released");
+                self.agent.kernel.release(held.slot, Release::Deleted.into())?;
+            }
+        }
+        for kept in kept {
+            let uid = kept.pod.uid.clone();
+            if name_of(&kept.pod.netns, kept.netns) == Name::Gone {
+                tracing::info!(uid, "the pod ended while no agent was here");
+                self.agent.forget(&uid)?;
+                continue;
+            }
+            self.try_again(kept).await;
+        }
+        Ok(self.persist()?)
+    }
+
+    /// Serves requests until the drain.
+    pub async fn run(mut self, draining: Draining) {
+        let mut watch = tokio::time::interval(WATCH);
+        let mut heal = tokio::time::interval(HEAL);
+        watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heal.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = draining.started() => Event::Drain,
+                asked = self.commands.recv() => Event::Asked(asked),
+                _ = watch.tick() => Event::Watch,
+                _ = heal.tick() => Event::Heal,
+            };
+            match event {
+                Event::Drain | Event::Asked(None) => return,
+                Event::Asked(Some(Command::Enrol(pod, reply))) => {
+                    let outcome = self.enrol(pod).await;
+                    // Whoever asked may be gone; the next request finds the pod as it is.
+                    let _ = reply.send(outcome);
+                }
+                Event::Asked(Some(Command::Release(uid, how, reply))) => {
+                    let outcome = self.release(&uid, how).await;
+                    let _ = reply.send(outcome);
+                }
+                Event::Watch => self.look().await,
+                Event::Heal => self.heal().await,
+            }
+        }
+    }
+
+    async fn enrol(&mut self, pod: PodRecord) -> Result<(), EnrolError> {
+        let pod = pod.checked()?;
+        let path = pod.netns.clone();
+        let netns = blocking(move || Ok(Netns::open(&path)?)).await?;
+        // A pod that ended may hold the address that this one got; nobody waited for its end.
+        self.look().await;
+        let table = self.table.borrow().clone();
+        let held = table.serving.values().map(|pod| (&pod.kept, Held::Serving));
+        let held = held.chain(table.failed.values().map(|(kept, _)| (kept, Held::Failed)));
+        match on_put(held, &pod, netns.id()) {
+            Step::Already => return Ok(()),
+            Step::Conflict { uid, what } => return Err(EnrolError::Conflict { uid, what }),
+            Step::Replace => {
+                self.release(&pod.uid, Release::Deleted).await?;
+            }
+            Step::Start => {}
+        }
+        let kept = Kept { netns: netns.id(), pod };
+        // Kept first: a crash after the kernel captures and before this is written would leave a pod that no agent
+        // ever serves again.
+        self.store.save(self.kept(&table, &kept.pod.uid).chain(std::iter::once(&kept)))?;
+        let outcome = self.start(kept, netns).await;
+        if outcome.is_err() {
+            self.persist()?;
+        }
+        outcome
+    }
+
+    /// Puts one pod in force.
+    async fn start(&mut self, kept: Kept, netns: Netns) -> Result<(), EnrolError> {
+        let agent = self.agent.clone();
+        let (pod, listeners) = {
+            let (agent, kept) = (agent.clone(), kept.clone());
+            blocking(move || prepare(&agent, kept, netns)).await?
+        };
+        let pod = Arc::new(pod);
+        listeners::serve(&agent, &pod, listeners)?;
+        self.table.send_modify(|table| {
+            let table = Arc::make_mut(table);
+            table.failed.remove(&kept.pod.uid);
+            table.serving.insert(kept.pod.uid.clone(), pod);
+        });
+        agent.metrics.proxies_started.inc();
+        agent.enforce()?;
+        tracing::info!(
+            uid = kept.pod.uid,
+            namespace = kept.pod.namespace,
+            name = kept.pod.name,
+            "pod enrolled"
+        );
+        Ok(())
+    }
+
+    async fn try_again(&mut self, kept: Kept) {
+        let path = kept.pod.netns.clone();
+        let outcome = match blocking(move || Ok(Netns::open(&path)?)).await {
+            Ok(netns) if netns.id() == kept.netns => self.start(kept.clone(), netns).await,
+            Ok(_) => return,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            let why = chain(&error);
+            let known = self.table.borrow().failed.get(&kept.pod.uid).is_some_and(|(_, known)| *known == why);
+            if !known {
+                tracing::warn!(uid = kept.pod.uid, why, "an enrolled pod cannot be served yet");
+            }
+            self.table.send_modify(|table| {
+                Arc::make_mut(table).failed.insert(kept.pod.uid.clone(), (kept, why));
+            });
+        }
+    }
+
+    async fn release(&mut self, uid: &str, how: Release) -> Result<bool, EnrolError> {
+        let table = self.table.borrow().clone();
+        if let Some((kept, _)) = table.failed.get(uid) {
+            self.agent.forget(&kept.pod.uid)?;
+            self.table.send_modify(|table| drop(Arc::make_mut(table).failed.remove(uid)));
+            self.persist()?;
+            return Ok(true);
+        }
+        let Some(pod) = table.serving.get(uid).cloned() else {
+            // A pod that left and is deleted now: what it still has open ends.
+            for pod in table.leaving.iter().filter(|pod| pod.kept.pod.uid == uid && how == Release::Deleted) {
+                pod.drain.force();
+            }
+            return Ok(false);
+        };
+        drop(table);
+        tracing::info!(uid, ?how, "pod released");
+        self.table.send_modify(|table| drop(Arc::make_mut(table).serving.remove(uid)));
+        self.persist()?;
+        match how {
+            Release::Deleted => self.delete(&pod).await?,
+            Release::Leave => self.leave(pod.clone())?,
+        }
+        self.agent.metrics.proxies_stopped.inc();
+        self.agent.enforce()?;
+        Ok(true)
+    }
+
+    async fn delete(&mut self, pod: &Arc<Pod>) -> Result<(), EnrolError> {
+        self.agent.connections.cut_pod(&pod.kept.pod.uid, Flag::PodReleased, |_| true);
+        pod.drain.force();
+        let outcome = self.agent.kernel.release(pod.slot, Release::Deleted.into());
+        self.agent.direct.cut_pod(&self.agent.kernel, pod.slot);
+        pod.tasks.shutdown(FAREWELL).await;
+        if pod.netns.name() == Name::Same {
+            undo(pod).await;
+        }
+        Ok(outcome?)
+    }
+
+    fn leave(&mut self, pod: Arc<Pod>) -> Result<(), EnrolError> {
+        pod.owner.left.store(true, Ordering::Relaxed);
+        // New connections pass the agent by from here on; only then may its listeners close.
+        self.agent.kernel.release(pod.slot, Release::Leave.into())?;
+        pod.drain.start();
+        self.table.send_modify(|table| Arc::make_mut(table).leaving.push(pod.clone()));
+        let agent = self.agent.clone();
+        self.agent.tasks.spawn(async move {
+            if tokio::time::timeout(limits::DRAIN, pod.tasks.idle()).await.is_err() {
+                let tunnelled = |path: Option<Path>| path == Some(Path::Tunnel) || path.is_none();
+                agent.connections.cut_pod(&pod.kept.pod.uid, Flag::PodReleased, tunnelled);
+            }
+        });
+        Ok(())
+    }
+
+    /// Looks at the names of all namespaces, retries what failed, and buries what has left.
+    async fn look(&mut self) {
+        let table = self.table.borrow().clone();
+        let gone = |kept: &Kept| name_of(&kept.pod.netns, kept.netns) == Name::Gone;
+        for uid in table.serving.values().filter(|pod| gone(&pod.kept)).map(|pod| pod.kept.pod.uid.clone()) {
+            tracing::info!(uid, "the pod's network namespace is gone");
+            if let Err(error) = self.release(&uid, Release::Deleted).await {
+                tracing::warn!(uid, error = chain(&error), "a vanished pod was not released cleanly");
+            }
+        }
+        for (kept, _) in table.failed.values() {
+            if gone(kept) {
+                if let Err(error) = self.release(&kept.pod.uid, Release::Deleted).await {
+                    tracing::warn!(
+                        uid = kept.pod.uid,
+                        error = chain(&error),
+                        "a vanished pod was not released"
+                    );
+                }
+            } else {
+                self.try_again(kept.clone()).await;
+            }
+        }
+        for pod in &table.leaving {
+            if pod.netns.name() == Name::Gone {
+                pod.drain.force();
+            }
+            if pod.tasks.active() == 0 {
+                let back =
+                    self.table.borrow().serving.values().any(|other| other.netns.id() == pod.netns.id());
+                if !back && pod.netns.name() == Name::Same {
+                    undo(pod).await;
+                }
+                self.table.send_modify(|table| {
+                    Arc::make_mut(table).leaving.retain(|other| !Arc::ptr_eq(other, pod));
+                });
+            }
+        }
+    }
+
+    async fn heal(&mut self) {
+        let table = self.table.borrow().clone();
+        for pod in table.serving.values().cloned() {
+            let uid = pod.kept.pod.uid.clone();
+            let healed =
+                blocking(move || Ok(route::ensure(&pod.netns, &pod.kept.pod.ips, route::MARKING)?)).await;
+            if let Err(error) = healed {
+                tracing::debug!(
+                    uid,
+                    error = chain(&error),
+                    "rule and route of a pod were not put in force again"
+                );
+            }
+        }
+    }
+
+    fn kept<'a>(&self, table: &'a Table, except: &str) -> impl Iterator<Item = &'a Kept> + use<'a> {
+        let serving = table.serving.values().map(|pod| &pod.kept);
+        let all = serving.chain(table.failed.values().map(|(kept, _)| kept));
+        let except = except.to_owned();
+        all.filter(move |kept| kept.pod.uid != except)
+    }
+
+    fn persist(&self) -> Result<(), StoreError> {
+        let table = self.table.borrow().clone();
+        self.store.save(self.kept(&table, ""))
+    }
+}
+
+/// Everything of a pod that blocks: rule and route, listeners, kernel. Undone when a later step fails.
+fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listeners::Listeners), EnrolError> {
+    let ips = &kept.pod.ips;
+    route::ensure(&netns, ips, route::MARKING)?;
+    let captured = listeners::open(&netns).and_then(|listeners| {
+        let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
+        Ok((slot, listeners))
+    });
+    match captured {
+        Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
+        Err(error) => {
+            if let Err(left) = route::undo(&netns, ips, route::MARKING) {
+                tracing::warn!(
+                    uid = kept.pod.uid,
+                    error = chain(&left),
+                    "rule and route of a pod were left behind"
+                );
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn undo(pod: &Arc<Pod>) {
+    let (uid, pod) = (pod.kept.pod.uid.clone(), pod.clone());
+    let undone = blocking(move || Ok(route::undo(&pod.netns, &pod.kept.pod.ips, route::MARKING)?)).await;
+    if let Err(error) = undone {
+        tracing::warn!(uid, error = chain(&error), "rule and route of a pod were left behind");
+    }
+}
+
+/// Runs work that blocks away from the connections.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, EnrolError> + Send + 'static,
+) -> Result<T, EnrolError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| EnrolError::Panicked)?
+}
+
+/// An error with its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
