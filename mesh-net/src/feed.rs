@@ -74,6 +74,10 @@ pub fn node(instance: &str, pod: &str, namespace: &str, metadata: &[(&str, &str)
 pub trait Apply: Send + Sync + 'static {
     /// Returns when `world` is in force, or why it is not; `changes` lead from the last world that was to this one.
     fn apply<'a>(&'a self, world: Arc<Snapshot>, changes: &'a [Change]) -> BoxFuture<'a, Result<(), String>>;
+
+    /// The server answered for this type; comes before the [`apply`](Self::apply) of what it said, for those who must
+    /// not act on half a world.
+    fn answered(&self, _type_url: &'static str) {}
 }
 
 /// For those who only read the snapshot.
@@ -292,6 +296,7 @@ impl Feed {
         let next = Arc::new(self.world.borrow().with(batch.changes.iter().cloned()));
         self.world.send_replace(next.clone());
         self.unapplied.extend(batch.changes.iter().cloned());
+        self.apply.answered(type_url);
         let applied = self.apply.apply(next, &self.unapplied).await;
         batch.remember(self.versions.entry(type_url).or_default(), applied.is_ok());
         let mut complaints: Vec<String> = batch.rejected.iter().map(ToString::to_string).collect();
