@@ -264,7 +264,14 @@ impl World {
     pub fn admin_text(&self, node: &str, uri: &str) -> anyhow::Result<String> {
         let socket = self.node(node)?.admin_socket;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (_, body) = runtime.block_on(mesh_net::admin::call(&socket, "GET", uri, Vec::new()))?;
+        let asked = mesh_net::admin::call(
+            &socket,
+            mesh_net::admin::Method::GET,
+            uri,
+            Vec::new(),
+            std::time::Duration::from_secs(10),
+        );
+        let (_, body) = runtime.block_on(asked)?;
         Ok(String::from_utf8(body.to_vec())?)
     }
 

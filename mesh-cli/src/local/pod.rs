@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{self, Seek as _, Write as _},
+    io::{self, Read as _, Seek as _, Write as _},
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
@@ -402,7 +402,9 @@ impl Life {
                 format!("the agent of {} is not running or was just restarted", self.birth.wanted.node)
             })
         });
-        let why = pending.clone().or_else(|| unwell(&names, &states));
+        let dir = self.birth.layout.pod(&self.birth.wanted.key);
+        let said = |name: &str| last_line(&dir.join(format!("{name}.log")));
+        let why = pending.clone().or_else(|| unwell(&names, &states, said));
         let tried = |state: &State| state.pid.is_some() || state.last_end.is_some();
         let ended: Option<Vec<bool>> = states.iter().map(|state| state.finished).collect();
         self.observe(|observed| {
@@ -463,16 +465,30 @@ impl Life {
     }
 }
 
-/// (pure) Containers that are not running, in words.
-fn unwell(names: &[&str], states: &[State]) -> Option<String> {
+/// Containers that are not running, in words; `said` is what one wrote last.
+fn unwell(names: &[&str], states: &[State], said: impl Fn(&str) -> Option<String>) -> Option<String> {
     let mut words = Vec::new();
     for (name, state) in names.iter().zip(states) {
         if state.pid.is_none() && state.finished != Some(true) {
             let end = state.last_end.as_deref().unwrap_or("is starting");
-            words.push(format!("container {name}: {end}"));
+            let said = said(name).map(|line| format!(", `{line}`")).unwrap_or_default();
+            words.push(format!("container {name}: {end}{said}"));
         }
     }
     (!words.is_empty()).then(|| words.join("; "))
+}
+
+/// The last line of a log, as far as it fits on a screen.
+fn last_line(path: &std::path::Path) -> Option<String> {
+    const TAIL_BYTES: u64 = 300;
+    let mut file = fs::File::open(path).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(io::SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
+    let mut tail = Vec::new();
+    io::Read::take(file, TAIL_BYTES).read_to_end(&mut tail).ok()?;
+    let text = String::from_utf8_lossy(&tail);
+    let line = text.lines().rfind(|line| !line.trim().is_empty())?;
+    Some(line.trim().to_owned())
 }
 
 /// Writes in place: the file is mounted over `/etc/hosts`, so a new one under its name would not be seen.
@@ -501,12 +517,13 @@ mod tests {
             (state.pid, state.last_end, state.finished) = (pid, last.map(str::to_owned), finished);
             state
         };
-        assert_eq!(unwell(&["a"], &[state(Some(1), Some("exit status: 1"), None)]), None);
-        assert_eq!(unwell(&["a"], &[state(None, Some("exit status: 0"), Some(true))]), None);
+        let told = |names: &[&str], states: &[State]| unwell(names, states, |_| Some("boom".to_owned()));
+        assert_eq!(told(&["a"], &[state(Some(1), Some("exit status: 1"), None)]), None);
+        assert_eq!(told(&["a"], &[state(None, Some("exit status: 0"), Some(true))]), None);
         assert_eq!(
-            unwell(&["a", "b"], &[state(Some(1), None, None), state(None, Some("exit status: 1"), None)])
+            told(&["a", "b"], &[state(Some(1), None, None), state(None, Some("exit status: 1"), None)])
                 .as_deref(),
-            Some("container b: exit status: 1")
+            Some("container b: exit status: 1, `boom`")
         );
     }
 

@@ -40,6 +40,8 @@ impl Draft {
         let mut status = Status {
             name: ground.layout.dir().file_name().unwrap_or_default().to_string_lossy().into_owned(),
             folder: ground.folder.clone(),
+            supervisor: std::process::id(),
+            guardian: std::os::unix::process::parent_id(),
             problems: problems.to_vec(),
             control: control_status(ground, control, fabric),
             nodes: nodes.values().map(|node| node_status(ground, node)).collect(),

@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{expand::Key, layout::Layout, status::Status, supervisor::Event};
 
-/// A client that sends nothing, and a supervisor that does not answer, are waited for this long.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// A client that sends nothing, and a supervisor that does not answer, are waited for this long: longer than any
+/// deadline that an answer itself waits for.
+const DEADLINE: Duration = Duration::from_secs(60);
 /// A request is a few words.
 const MAX_REQUEST_BYTES: u64 = 4096;
 

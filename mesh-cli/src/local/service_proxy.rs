@@ -23,6 +23,7 @@ use mesh_net::{
     task::TaskGroup,
 };
 use nix::sched::{CloneFlags, setns};
+use mesh_control::source::file::is_change;
 use notify::{RecursiveMode, Watcher as _};
 use parking_lot::RwLock;
 use socket2::SockRef;
@@ -77,9 +78,11 @@ struct Listening {
 
 async fn serve(table: &Path) -> anyhow::Result<()> {
     let (changed, mut changes) = mpsc::channel(1);
-    let mut watcher = notify::recommended_watcher(move |_| {
-        // A change that is already waiting covers this one.
-        let _ = changed.try_send(());
+    let mut watcher = notify::recommended_watcher(move |event| {
+        if is_change(&event) {
+            // A change that is already waiting covers this one.
+            let _ = changed.try_send(());
+        }
     })?;
     let folder = table.parent().context("the table is in no folder")?;
     watcher.watch(folder, RecursiveMode::NonRecursive).context("watch the table's folder")?;

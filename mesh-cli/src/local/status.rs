@@ -13,6 +13,10 @@ pub struct Status {
     pub name: String,
     /// The folder that it is made from.
     pub folder: PathBuf,
+    /// The process that runs the mesh.
+    pub supervisor: u32,
+    /// Its parent, which cleans up after it.
+    pub guardian: u32,
     /// Everything that is written now holds everywhere.
     pub in_force: bool,
     /// Revision of the control plane's world.

@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mesh_control::source::file::is_change;
 use notify::{RecursiveMode, Watcher as _};
 use rand::Rng as _;
 
@@ -84,9 +85,11 @@ pub fn run(ground: Ground) -> anyhow::Result<()> {
     let (events, inbox) = sync_channel(256);
     let mut supervisor = Supervisor::start(ground, events.clone())?;
     let watched = events.clone();
-    let mut watcher = notify::recommended_watcher(move |_| {
-        // When the queue is full, what is in it will look at the folder too.
-        let _ = watched.try_send(Event::Folder);
+    let mut watcher = notify::recommended_watcher(move |event| {
+        if is_change(&event) {
+            // When the queue is full, what is in it will look at the folder too.
+            let _ = watched.try_send(Event::Folder);
+        }
     })?;
     watcher.watch(&supervisor.ground.folder, RecursiveMode::Recursive).context("watch the folder")?;
     supervisor.reconcile();
@@ -189,7 +192,8 @@ impl Supervisor {
                 Ok(()) => Some(document.clone()),
                 Err(problem) => {
                     problems.push(*problem);
-                    self.last_good.get(&id).cloned()
+                    // A second object of a name that is good elsewhere is no reason to read that one twice.
+                    self.last_good.get(&id).filter(|_| !last_good.contains_key(&id)).cloned()
                 }
             };
             if let Some(good) = good {
