@@ -17,13 +17,13 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mesh_control::source::file::is_change;
 use mesh_net::{
     drain::Draining,
     listen::{Accepting, Reserve, accept_loop},
     task::TaskGroup,
 };
 use nix::sched::{CloneFlags, setns};
-use mesh_control::source::file::is_change;
 use notify::{RecursiveMode, Watcher as _};
 use parking_lot::RwLock;
 use socket2::SockRef;

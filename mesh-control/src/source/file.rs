@@ -76,6 +76,11 @@ impl Folder {
         changed
     }
 
+    /// The text of a file as it is now.
+    pub fn text(&self, path: &str) -> Option<&str> {
+        self.files.get(path)?.text.as_ref()?.as_deref().ok()
+    }
+
     /// The objects and the problems of reading them.
     pub fn objects(&self) -> (Objects, Vec<Problem>) {
         let mut objects = Objects::new();
@@ -178,14 +183,19 @@ fn is_object_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
 }
 
+/// Whether an event may mean new content. Reading a file is no change of it, and whoever reads on every event would
+/// wake itself for ever; a lost event (an error) may be one.
+pub fn is_change(event: &notify::Result<notify::Event>) -> bool {
+    !matches!(event, Ok(event) if event.kind.is_access())
+}
+
 /// Wakes `changed` whenever something under `root` changes, for as long as the returned watcher lives.
 ///
 /// # Errors
 /// When the kernel gives no watch.
 pub fn watch(root: &Path, changed: Arc<Notify>) -> notify::Result<impl Watcher + use<>> {
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading a file is no change of it; a lost event (an error) is one.
-        if !matches!(&event, Ok(event) if event.kind.is_access()) {
+    let mut watcher = notify::recommended_watcher(move |event| {
+        if is_change(&event) {
             changed.notify_one();
         }
     })?;
