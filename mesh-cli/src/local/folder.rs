@@ -97,6 +97,12 @@ pub fn read(root: &Path) -> io::Result<BTreeMap<String, String>> {
     Ok(texts)
 }
 
+/// Whether an event may mean new content. Reading a file is no change of it, and whoever reads on every event would
+/// wake itself for ever; a lost event (an error) may be one.
+pub fn is_change(event: &notify::Result<notify::Event>) -> bool {
+    !matches!(event, Ok(event) if event.kind.is_access())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,7 +17,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use mesh_control::source::file::is_change;
 use mesh_net::{
     drain::Draining,
     listen::{Accepting, Reserve, accept_loop},
@@ -79,7 +78,7 @@ struct Listening {
 async fn serve(table: &Path) -> anyhow::Result<()> {
     let (changed, mut changes) = mpsc::channel(1);
     let mut watcher = notify::recommended_watcher(move |event| {
-        if is_change(&event) {
+        if super::folder::is_change(&event) {
             // A change that is already waiting covers this one.
             let _ = changed.try_send(());
         }

@@ -15,7 +15,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use mesh_control::source::file::is_change;
 use notify::{RecursiveMode, Watcher as _};
 use rand::Rng as _;
 
@@ -86,7 +85,7 @@ pub fn run(ground: Ground) -> anyhow::Result<()> {
     let mut supervisor = Supervisor::start(ground, events.clone())?;
     let watched = events.clone();
     let mut watcher = notify::recommended_watcher(move |event| {
-        if is_change(&event) {
+        if super::folder::is_change(&event) {
             // When the queue is full, what is in it will look at the folder too.
             let _ = watched.try_send(Event::Folder);
         }
