@@ -103,23 +103,27 @@ fn complete(world: &Snapshot, local: &Workload) -> Result<Applicable, Refusal> {
     Ok(applicable)
 }
 
-/// Whether the peer is the bound waypoint; an error when there is one and the peer is not it.
+/// Whether the peer is a bound waypoint; an error when there is one and the peer is none.
+///
+/// One of several is enough: a connection passes the waypoint of the service, or that of the workload, by how the
+/// client addressed it, and each can prove only its own identity.
 fn passage(world: &Snapshot, local: &Workload, arrival: &Arrival) -> Result<bool, Refusal> {
-    let mut via_waypoint = false;
-    for waypoint in bound_waypoints(world, local, arrival.port) {
+    let bound = bound_waypoints(world, local, arrival.port);
+    let proven = |waypoint: &&WaypointRef| {
         let behind = world.waypoint_workloads(waypoint);
-        if !behind.iter().any(|workload| Some(workload.identity()) == arrival.peer) {
-            let why = format!(
-                "port {} is reached only through waypoint {}, not by {}",
-                arrival.port,
-                described(waypoint),
-                who(arrival)
-            );
-            return Err(Refusal::new(Flag::WaypointRequired, why));
-        }
-        via_waypoint = true;
+        behind.iter().any(|workload| Some(workload.identity()) == arrival.peer)
+    };
+    if bound.is_empty() || bound.iter().any(proven) {
+        return Ok(!bound.is_empty());
     }
-    Ok(via_waypoint)
+    let names: Vec<_> = bound.into_iter().map(described).collect();
+    let why = format!(
+        "port {} is reached only through waypoint {}, not by {}",
+        arrival.port,
+        names.join(" or "),
+        who(arrival)
+    );
+    Err(Refusal::new(Flag::WaypointRequired, why))
 }
 
 /// The waypoints that traffic to a port of a workload must have passed: its own for every port, a service's for the

@@ -81,6 +81,11 @@ pub enum Plan {
 /// [`Refusal`]: there is no way that is allowed. Never a plaintext way instead of a tunnel, never around a waypoint.
 pub fn plan(world: &Snapshot, from: &Workload, request: &Request) -> Result<Plan, Refusal> {
     let to = SocketAddr::new(request.to.ip().to_canonical(), request.to.port());
+    // The pod's own listeners of the mesh: the connection would come back to the agent for ever (O2). The kernel
+    // takes the unspecified address for loopback.
+    if (to.ip().is_loopback() || to.ip().is_unspecified()) && ILLEGAL_PORTS.contains(&to.port()) {
+        return Err(Refusal::new(Flag::IllegalPort, format!("{to} is a port of the mesh itself")));
+    }
     if let Some(service) = world.service_by_vip(&from.namespace, to.ip()) {
         return plan_service(world, from, request, to, service);
     }

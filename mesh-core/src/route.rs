@@ -5,6 +5,7 @@ use std::{cmp::Reverse, fmt};
 use regex_automata::{
     Anchored, Input,
     meta::{Config, Regex},
+    util::syntax,
 };
 
 use crate::model::{Listener, PathMatch, RequestMatch, Route, ValueMatch};
@@ -195,6 +196,8 @@ fn regex(pattern: &str) -> Result<Regex, String> {
     if pattern.len() > MAX_PATTERN_BYTES {
         return Err(format!("the pattern is longer than {MAX_PATTERN_BYTES} bytes"));
     }
+    // By itself first: `a)|(?:b` would leave the group below, and the whole string would not have to match.
+    syntax::parse(pattern).map_err(|error| format!("malformed pattern: {error}"))?;
     // The whole string must match.
     let config =
         Config::new().nfa_size_limit(Some(MAX_COMPILED_BYTES)).onepass_size_limit(Some(MAX_COMPILED_BYTES));
@@ -428,5 +431,14 @@ mod tests {
             ("shop/r", "spec.rules[1].matches[0].headers[0].value")
         );
         assert!(table(&["r 0 | ~(a{1000}){1000}"]).unwrap_err().reason.contains("complex"));
+    }
+
+    #[test]
+    fn a_pattern_cannot_leave_the_whole_string() {
+        for pattern in ["/a)(?:.*", "/a)(", "(/a", "/a)"] {
+            let error = table(&[&format!("r 0 | ~{pattern}")]).map(drop).unwrap_err();
+            assert_eq!(error.path, "spec.rules[0].matches[0].path.value", "{pattern}");
+        }
+        check(&["r 0 | /a h:v=~1[0-9]"], "GET h /a v=x12", "404");
     }
 }

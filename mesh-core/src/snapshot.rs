@@ -229,17 +229,19 @@ impl Snapshot {
         let mut applicable = Applicable::default();
         let mut seen = HashSet::new();
         for key in self.unnamed.iter() {
-            seen.insert(key);
             match self.policies.get(key) {
-                Some(PolicyState::Valid(policy)) if policy.scope == Scope::Global => {
-                    applicable.valid.push(policy.clone())
-                }
-                Some(PolicyState::Valid(policy)) if policy.key.namespace == workload.namespace => {
+                Some(PolicyState::Valid(policy)) => {
+                    let own = policy.scope == Scope::Global || policy.key.namespace == workload.namespace;
+                    if !own {
+                        // Another namespace's; it may still be named below (I5).
+                        continue;
+                    }
                     applicable.valid.push(policy.clone());
                 }
-                Some(PolicyState::Valid(_)) | None => {}
                 Some(PolicyState::Invalid) => applicable.invalid.push(key.clone()),
+                None => continue,
             }
+            seen.insert(key);
         }
         for key in workload.policies.iter().filter(|key| !seen.contains(key)) {
             match self.policies.get(key) {

@@ -268,6 +268,49 @@ fn the_waypoint_is_on_the_way_in_and_cannot_be_left_out() {
 }
 
 #[test]
+fn either_of_two_waypoints_that_cover_a_port_may_pass() {
+    let (world, mut pod) = bound();
+    let mut front = service("shop", "gate2", "10.96.0.10");
+    front.ports = vec![ServicePort { port: 15008, target: 15008 }];
+    let mut gate = workload("shop", "gate2", "10.0.0.10", "n2");
+    gate.services.insert(front.key.clone(), BTreeMap::from([(15008, 15008)]));
+    pod.waypoint = Some(WaypointRef::Service { service: front.key.clone(), port: 15008 });
+    let world = world.with([s(front), w(gate), w(pod.clone())]);
+    let refused = |peer, port| admit(&world, &pod, &arrival(peer, port)).err().map(|refusal| refusal.flag);
+    assert_eq!(refused(Some("gate"), 8080), None, "addressed to the service");
+    assert_eq!(refused(Some("gate2"), 8080), None, "addressed to the workload");
+    assert_eq!(refused(Some("client"), 8080), Some(Flag::WaypointRequired));
+    assert_eq!(refused(None, 8080), Some(Flag::WaypointRequired));
+    // The service's waypoint covers its target ports only.
+    assert_eq!(refused(Some("gate2"), 9090), None);
+    assert_eq!(refused(Some("gate"), 9090), Some(Flag::WaypointRequired));
+}
+
+#[test]
+fn a_policy_that_is_named_applies_whatever_its_scope() {
+    let deny = |scope| Policy {
+        key: PolicyKey::new("other", "d"),
+        rules: vec![Rule::default()],
+        ..policy("", scope, Action::Deny, vec![])
+    };
+    for scope in [Scope::Global, Scope::Namespace, Scope::WorkloadSelector] {
+        check_admit(vec![p(deny(scope))], &["other/d"], Some("a"), 80, Err(Flag::PolicyDenied));
+    }
+    check_admit(vec![p(deny(Scope::Namespace))], &[], Some("a"), 80, Ok(()));
+}
+
+#[test]
+fn the_pod_s_own_listeners_are_no_destination() {
+    let client = workload("shop", "client", "10.0.0.1", "n1");
+    let world = world([w(client.clone())]);
+    for to in ["127.0.0.1:15001", "[::1]:15006", "[::ffff:127.0.0.1]:15008", "0.0.0.0:15001", "[::]:15001"] {
+        let request = Request { to: to.parse().unwrap(), chosen: None, pick: 0 };
+        let outcome = plan(&world, &client, &request).map_err(|refusal| refusal.flag);
+        assert_eq!(outcome, Err(Flag::IllegalPort), "{to}");
+    }
+}
+
+#[test]
 fn only_the_bound_waypoint_may_state_a_client() {
     let (world, pod) = bound();
     let deny =
