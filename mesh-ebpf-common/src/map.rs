@@ -169,7 +169,7 @@ pub const ANY_OTHER_PORT: PortBe = PortBe::from_host(0);
 pub struct VerdictEntry {
     /// The key again.
     pub key: VerdictKey,
-    /// [`VERDICT_ALLOW`] or [`VERDICT_DENY`].
+    /// [`VERDICT_ALLOW`], [`VERDICT_DENY`] or [`VERDICT_AGENT`].
     pub verdict: u32,
 }
 const _: () = assert!(size_of::<VerdictEntry>() == 16);
@@ -178,6 +178,8 @@ const _: () = assert!(size_of::<VerdictEntry>() == 16);
 pub const VERDICT_ALLOW: u32 = 1;
 /// Refused whatever the bytes are.
 pub const VERDICT_DENY: u32 = 2;
+/// The agent has to ask the policies, although any other port has a verdict.
+pub const VERDICT_AGENT: u32 = 3;
 
 /// Key of `FLOWS` and `OWN_FLOWS`.
 #[repr(C)]

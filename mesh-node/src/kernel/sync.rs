@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use mesh_ebpf_common::{
     map::{
         CONFIG_NO_DIRECT, Endpoint, EndpointKey, FLOW_DIRECT, MAX_ENDPOINTS_OF_ONE, SERVICE_AGENT, Service,
-        ServiceKey, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
+        ServiceKey, VERDICT_AGENT, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
     },
     wire::{PortBe, Target},
 };
@@ -31,13 +31,13 @@ pub struct Held {
 impl Held {
     /// Reads what a former process left.
     pub fn read(maps: &Maps) -> Result<Self, KernelError> {
-        let verdicts = maps.verdicts.entries()?.into_iter().filter_map(|(key, entry)| {
+        let verdicts = maps.verdicts.entries()?.into_iter().map(|(key, entry)| {
             let verdict = match entry.verdict {
                 VERDICT_ALLOW => PairVerdict::Allow,
                 VERDICT_DENY => PairVerdict::Deny,
-                _ => return None,
+                _ => PairVerdict::Agent,
             };
-            Some(((key.src, key.dst, key.port.host()), verdict))
+            ((key.src, key.dst, key.port.host()), verdict)
         });
         let services = maps.services.entries()?.into_iter().map(|(key, _)| (key.0.to_socket(), None));
         Ok(Self { verdicts: verdicts.collect(), services: services.collect() })
@@ -62,7 +62,7 @@ impl Inner {
             report.removed += 1;
         }
         let (denials, permissions): (Vec<_>, Vec<_>) =
-            new.into_iter().partition(|(_, verdict)| *verdict == PairVerdict::Deny);
+            new.into_iter().partition(|(_, verdict)| *verdict != PairVerdict::Allow);
         let mut took = report.removed > 0 || !denials.is_empty() || (no_direct && !before);
         // A port of its own overrides what any other port had.
         took |= permissions.iter().any(|(key, _)| held.verdicts.contains_key(key));
@@ -97,6 +97,7 @@ impl Inner {
         let number = match verdict {
             PairVerdict::Allow => VERDICT_ALLOW,
             PairVerdict::Deny => VERDICT_DENY,
+            PairVerdict::Agent => VERDICT_AGENT,
         };
         let map_key = verdict_key(key);
         self.maps.verdicts.set(&map_key, &VerdictEntry { key: map_key, verdict: number })?;

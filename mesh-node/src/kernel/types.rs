@@ -141,6 +141,8 @@ pub enum PairVerdict {
     Allow,
     /// Refused at connect.
     Deny,
+    /// The agent decides: an exception to what any other port has.
+    Agent,
 }
 
 /// What a [`super::Kernel::sync`] did.
