@@ -113,6 +113,22 @@ impl WorkloadCertificate {
         Ok(Self { chain, key, roots, identity, not_before, not_after, generation, server, client })
     }
 
+    /// `like`, but speaking TLS with other configurations: what a broken peer would do.
+    #[cfg(test)]
+    pub(crate) fn assembled(like: &Self, server: ServerTls, client: ClientTls) -> Self {
+        Self {
+            chain: like.chain.clone(),
+            key: like.key.clone_key(),
+            roots: like.roots.clone(),
+            identity: like.identity.clone(),
+            not_before: like.not_before,
+            not_after: like.not_after,
+            generation: like.generation,
+            server: Arc::new(server),
+            client,
+        }
+    }
+
     /// Configuration for accepting as this workload.
     pub fn server_tls(&self) -> Arc<ServerTls> {
         self.server.clone()
@@ -340,7 +356,8 @@ impl Inner {
             self.clock.now(),
             self.chance.fraction(),
         );
-        let kept = self.schedule.lock().succeeded(identity, Instant::now() + renew);
+        let now = Instant::now();
+        let kept = self.schedule.lock().succeeded(identity, now, now + renew);
         self.errors.lock().remove(identity);
         if kept {
             tracing::info!(%identity, generation = certificate.generation, "certificate installed");

@@ -122,3 +122,54 @@ fn check(chain: &[String], key: &KeyPair, identity: &Identity) -> Result<Issued,
     let roots: Vec<CertificateDer<'static>> = parse(roots)?;
     Ok(Issued { chain: sent, key: PrivateKeyDer::Pkcs8(key.serialize_der().into()), roots })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Leaf, MiniCa};
+
+    fn id(sa: &str) -> Identity {
+        Identity::new("cluster.local", "shop", sa)
+    }
+
+    #[test]
+    fn the_request_names_the_identity_and_nothing_else() {
+        use x509_parser::prelude::*;
+        let (_, csr) = signing_request(&id("web")).unwrap();
+        let der = ::pem::parse(csr).unwrap();
+        let (_, request) = X509CertificationRequest::from_der(der.contents()).unwrap();
+        request.verify_signature().unwrap();
+        assert_eq!(request.certification_request_info.subject.iter().count(), 0);
+        let names: Vec<_> = request.requested_extensions().unwrap().collect();
+        assert!(matches!(names[..], [ParsedExtension::SubjectAlternativeName(_)]), "{names:?}");
+    }
+
+    #[test]
+    fn answers_are_checked() {
+        let ca = MiniCa::new();
+        let (key, csr) = signing_request(&id("web")).unwrap();
+        let (_, other_csr) = signing_request(&id("web")).unwrap();
+        let pem_of = |der: &CertificateDer<'_>| pem::encode(&pem::Pem::new("CERTIFICATE", der.to_vec()));
+        let leaf = pem_of(&ca.sign(&csr, Leaf::of(&id("web"))));
+        let root = ca.root_pem();
+        let good = check(&[leaf.clone(), root.clone()], &key, &id("web")).unwrap();
+        assert_eq!((good.chain.len(), good.roots.len()), (1, 1));
+        let two_roots = format!("{root}{}", MiniCa::new().root_pem());
+        let chain = [leaf.clone(), root.clone(), two_roots];
+        let long = check(&chain, &key, &id("web")).unwrap();
+        assert_eq!((long.chain.len(), long.roots.len()), (2, 2));
+        let foreign = pem_of(&ca.sign(&csr, Leaf::of(&id("cart"))));
+        let stolen = pem_of(&ca.sign(&other_csr, Leaf::of(&id("web"))));
+        for (chain, expected) in [
+            (vec![], "no leaf and root"),
+            (vec![leaf.clone()], "no leaf and root"),
+            (vec![leaf.clone(), "garbage".into()], "PEM"),
+            (vec!["garbage".into(), root.clone()], "PEM"),
+            (vec![foreign, root.clone()], "it is for"),
+            (vec![stolen, root], "another key"),
+        ] {
+            let error = check(&chain, &key, &id("web")).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

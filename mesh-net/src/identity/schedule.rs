@@ -108,8 +108,12 @@ impl Schedule {
         self.entries.values().filter(|entry| !entry.running).filter_map(|entry| entry.due).min()
     }
 
-    /// A fetch succeeded; false when nobody needs it any more.
-    pub fn succeeded(&mut self, identity: &Identity, renew_at: Instant) -> bool {
+    /// A fetch succeeded; false when nobody needs it any more. The CA is back: whoever waits for a retry gets it now,
+    /// not after minutes of back-off (F-40).
+    pub fn succeeded(&mut self, identity: &Identity, now: Instant, renew_at: Instant) -> bool {
+        for entry in self.entries.values_mut().filter(|entry| entry.failures > 0 && !entry.running) {
+            entry.due = entry.due.map(|at| at.min(now));
+        }
         let Some(entry) = self.ended(identity) else { return false };
         entry.failures = 0;
         entry.urgency = Urgency::Renewal;
@@ -184,7 +188,7 @@ mod tests {
         assert_eq!((first.len(), &first[0]), (PARALLEL, &id(19)));
         assert!(plan.start(now).is_empty(), "all slots are taken");
         assert_eq!(plan.next_due(), None);
-        plan.succeeded(&first[0], now + secs(100));
+        plan.succeeded(&first[0], now, now + secs(100));
         assert_eq!(plan.start(now).len(), 1);
     }
 
@@ -212,6 +216,20 @@ mod tests {
     }
 
     #[test]
+    fn one_success_ends_everybodys_wait() {
+        let (mut plan, now) = (Schedule::default(), Instant::now());
+        for n in 0..3 {
+            plan.want(&id(n), now);
+        }
+        plan.start(now);
+        plan.failed(&id(0), now, 0.5);
+        plan.failed(&id(1), now, 0.5);
+        assert!(plan.start(now).is_empty());
+        plan.succeeded(&id(2), now, now + secs(1000));
+        assert_eq!(plan.start(now), [id(0), id(1)]);
+    }
+
+    #[test]
     fn renewal_is_at_half_life_with_jitter() {
         let start = SystemTime::UNIX_EPOCH + secs(1_000_000);
         let end = start + secs(2000);
@@ -229,7 +247,7 @@ mod tests {
         assert!(!plan.forget(&id(0)));
         plan.start(now);
         assert!(plan.forget(&id(0)));
-        assert!(!plan.succeeded(&id(0), now), "an answer for nobody is not kept");
+        assert!(!plan.succeeded(&id(0), now, now), "an answer for nobody is not kept");
         assert_eq!(plan.running, 0);
     }
 }
