@@ -25,7 +25,10 @@ use tokio::{net::TcpStream, sync::watch};
 use crate::{
     connections::{Connections, Owner},
     direct::Direct,
-    kernel::{self, Kernel, KernelError, PodSlot},
+    kernel::{
+        self, Kernel, KernelError, KernelState, PodSlot,
+        lower::{LocalWorkload, lower},
+    },
     pods::{Pod, Table, netns::Netns, record::Kept, route::MARKING},
     source::{self, AppError, Dialling},
     world::World,
@@ -65,6 +68,15 @@ pub struct Agent {
     pub again: watch::Sender<Option<Instant>>,
     /// The identities whose certificates are wanted; also keeps one enforcement at a time.
     pub wanted: Mutex<BTreeSet<Identity>>,
+}
+
+/// Where a connection is served: what its task sees.
+#[derive(Clone)]
+pub struct Site {
+    /// The agent.
+    pub agent: Arc<Agent>,
+    /// The pod.
+    pub pod: Arc<Pod>,
 }
 
 impl Agent {
@@ -134,6 +146,9 @@ impl Agent {
         // Without a world the pinned maps stay as they are: what was permitted before a restart goes on.
         let Some(world) = world else { return Ok(()) };
         let report = self.kernel.sync(&self.lower(&world, &table));
+        if let Ok(report) = &report {
+            self.direct.were_cut(&report.cut);
+        }
         let mut swept = self.connections.sweep(&world, Instant::now());
         swept.merge(self.direct.sweep(&self.kernel, &world, &table));
         // A SYN that was under way during the first sweep has its record by now, or finds the generation changed.
@@ -142,12 +157,19 @@ impl Agent {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");
         }
         self.again.send_replace(swept.again);
-        report.map(|report| tracing::debug!(?report, "kernel in line"))
+        let report = report?;
+        tracing::debug!(?report, "the kernel is in line");
+        Ok(())
     }
 
     /// What the kernel should hold.
-    fn lower(&self, _world: &Snapshot, _table: &Table) -> kernel::KernelState {
-        kernel::KernelState { no_direct: true, ..kernel::KernelState::default() }
+    fn lower(&self, world: &Snapshot, table: &Table) -> KernelState {
+        let described = |pod: &Arc<Pod>| {
+            let workload = pod.owner.workload(world).ok()?;
+            Some(LocalWorkload { id: pod.slot.id, workload })
+        };
+        let local: Vec<LocalWorkload> = table.serving.values().filter_map(described).collect();
+        lower(world, &self.node, &local)
     }
 
     /// Asks for the certificates of the pods that are served, and lets go of others.

@@ -51,8 +51,7 @@ pub fn start(agent: &Arc<Agent>, channel: ChannelConfig) -> Result<FeedHandle, G
     let described = node("mesh-node", &agent.node, "undermesh-system", &[("NODE_NAME", &agent.node)]);
     let config = FeedConfig { channel, node: described, types: TYPES.to_vec() };
     let in_force = InForce { agent: agent.clone(), pending: Mutex::new(TYPES.into()) };
-    let (feed, handle) =
-        Feed::new(config, Arc::new(in_force), agent.metrics.clone(), agent.chance.clone())?;
+    let (feed, handle) = Feed::new(config, Arc::new(in_force), agent.metrics.clone(), agent.chance.clone())?;
     agent.tasks.spawn(feed.run(agent.draining.clone()));
     Ok(handle)
 }

@@ -1,9 +1,6 @@
 //! What arrives in tunnels: identity → admit → application → copy.
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::net::{IpAddr, SocketAddr};
 
 use mesh_core::{
     explain,
@@ -20,53 +17,47 @@ use mesh_net::{
 use tokio::net::TcpStream;
 
 use crate::{
-    agent::Agent,
+    agent::Site,
     connections::{Accepted, Live, Subject},
     outbound::ended,
-    pods::Pod,
     report::{self, Failure, Told},
 };
 
 /// Serves one carrier of tunnels to its end. Each stream has a record of its own; the carrier has one only if it never
 /// came to streams.
-pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, carrier: TcpStream, from: SocketAddr) {
+pub async fn serve(at: &Site, carrier: TcpStream, from: SocketAddr) {
     let Ok(to) = carrier.local_addr().map(socket::canonical) else { return };
-    let failure = match accept(agent, pod, carrier, from, to).await {
+    let failure = match accept(at, carrier, from, to).await {
         Ok(ended) => ended.flag().map(|flag| Failure::new(flag, told(&ended))),
         Err(failure) => Some(failure),
     };
     if let Some(failure) = failure {
-        agent.metrics.refuse(failure.flag);
+        at.agent.metrics.refuse(failure.flag);
         let mut record = AccessRecord::open(Side::Inbound, Some(from));
         (record.details.dst.addr, record.details.path) = (Some(to), Some(Path::Tunnel));
         report::close(record, Err(failure));
     }
 }
 
-async fn accept(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
-    carrier: TcpStream,
-    from: SocketAddr,
-    to: SocketAddr,
-) -> Result<Ended, Failure> {
+async fn accept(at: &Site, carrier: TcpStream, from: SocketAddr, to: SocketAddr) -> Result<Ended, Failure> {
     let _ = socket::tune(&carrier);
-    let own = agent.world.decide(|world| pod.owner.workload(world)).await?;
-    let certificate = agent
+    let own = at.agent.world.decide(|world| at.pod.owner.workload(world)).await?;
+    let certificate = at
+        .agent
         .certificates
         .get(&own.identity())
         .await
         .map_err(|flag| Failure::new(flag, format!("no certificate of {}", own.identity())))?;
     let serving = Serving {
         tls: certificate.server_tls(),
-        draining: pod.draining.clone(),
-        tasks: pod.tasks.clone(),
-        handshakes: agent.handshakes.clone(),
+        draining: at.pod.draining.clone(),
+        tasks: at.pod.tasks.clone(),
+        handshakes: at.agent.handshakes.clone(),
     };
-    let (agent, pod) = (agent.clone(), pod.clone());
+    let of_streams = at.clone();
     let served = serve_connection(carrier, from, serving, move |incoming| {
-        let (agent, pod) = (agent.clone(), pod.clone());
-        async move { stream(&agent, &pod, incoming, to.ip()).await }
+        let at = of_streams.clone();
+        async move { stream(&at, incoming, to.ip()).await }
     });
     Ok(served.await)
 }
@@ -82,18 +73,17 @@ fn told(ended: &Ended) -> String {
 }
 
 /// Serves one tunnelled connection to its end.
-async fn stream(agent: &Arc<Agent>, pod: &Arc<Pod>, incoming: Incoming, local: IpAddr) {
+async fn stream(at: &Site, incoming: Incoming, local: IpAddr) {
     let mut record = AccessRecord::open(Side::Inbound, Some(incoming.peer_addr));
     record.details.path = Some(Path::Tunnel);
     record.details.hbone_addr = Some(incoming.authority.clone());
     record.details.src.identity = Some(incoming.peer.clone());
-    let outcome = carry(agent, pod, incoming, local, &mut record).await;
+    let outcome = carry(at, incoming, local, &mut record).await;
     report::close(record, outcome);
 }
 
 async fn carry(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     incoming: Incoming,
     local: IpAddr,
     record: &mut AccessRecord,
@@ -106,8 +96,8 @@ async fn carry(
     let from = incoming.peer_addr;
     let claim = incoming.headers.client_claim.clone();
     let arrival = arrival(Some(incoming.peer.clone()), from, to, claim);
-    let live = agent.connections.register(Accepted {
-        owner: pod.owner.clone(),
+    let live = at.agent.connections.register(Accepted {
+        owner: at.pod.owner.clone(),
         side: Side::Inbound,
         client: from,
         dialled: to,
@@ -116,14 +106,13 @@ async fn carry(
     });
     report::show(&live, record);
     tokio::select! {
-        outcome = live.until_cut(relay(agent, pod, incoming, to, &arrival, record, &live)) => outcome?,
-        () = pod.draining.forced() => Err(ended(agent, pod)),
+        outcome = live.until_cut(relay(at, incoming, to, &arrival, record, &live)) => outcome?,
+        () = at.pod.draining.forced() => Err(ended(at)),
     }
 }
 
 async fn relay(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     incoming: Incoming,
     to: SocketAddr,
     arrival: &Arrival,
@@ -131,17 +120,18 @@ async fn relay(
     live: &Live,
 ) -> Result<(), Failure> {
     let from = incoming.peer_addr;
-    if let Err(failure) = admitted(agent, pod, arrival, (from, to), record, live).await {
+    if let Err(failure) = admitted(at, arrival, (from, to), record, live).await {
         return Err(refuse(incoming, failure));
     }
-    let mut app = match agent.dial_app(pod, from.ip(), to).await {
+    let mut app = match at.agent.dial_app(&at.pod, from.ip(), to).await {
         Ok(app) => app,
         Err(error) => return Err(refuse(incoming, error.into())),
     };
-    let baggage = agent
+    let baggage = at
+        .agent
         .world
         .now()
-        .and_then(|world| pod.owner.workload(&world).ok())
+        .and_then(|world| at.pod.owner.workload(&world).ok())
         .map(|own| tunnel::baggage_of(&own));
     let mut client = incoming
         .accept(baggage.as_deref())
@@ -170,22 +160,22 @@ pub fn arrival(
 /// # Errors
 /// Policy refuses.
 pub async fn admitted(
-    agent: &Agent,
-    pod: &Pod,
+    at: &Site,
     arrival: &Arrival,
     (from, to): (SocketAddr, SocketAddr),
     record: &mut AccessRecord,
     live: &Live,
 ) -> Result<(), Failure> {
-    let decided = agent
+    let decided = at
+        .agent
         .world
         .decide(|world| {
-            let own = pod.owner.workload(world)?;
+            let own = at.pod.owner.workload(world)?;
             inbound::admit(world, &own, arrival)
         })
         .await;
-    let world = agent.world.now();
-    let own = world.as_ref().and_then(|world| pod.owner.workload(world).ok());
+    let world = at.agent.world.now();
+    let own = world.as_ref().and_then(|world| at.pod.owner.workload(world).ok());
     // Who has that address now, for the log; identity is only what was proven.
     let source = world.as_ref().and_then(|world| world.workload_by_ip(from.ip()).cloned());
     let proven = arrival.peer.clone();
@@ -203,7 +193,7 @@ pub async fn admitted(
         destination_identity: own_identity,
         service: None,
     };
-    told.count(record, &agent.metrics, Side::Inbound);
+    told.count(record, &at.agent.metrics, Side::Inbound);
     report::show(live, record);
     decided.map(|_| ()).map_err(Failure::from)
 }

@@ -13,7 +13,7 @@ use mesh_net::{
 };
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Site},
     inbound,
     kernel::{PodIdentity, PodListeners},
     outbound, plaintext,
@@ -102,20 +102,20 @@ fn without_ipv6(error: &io::Error) -> bool {
 /// The runtime cannot take a listener.
 pub fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, listeners: Listeners) -> Result<(), EnrolError> {
     let Listeners { outbound, plaintext, hbone } = listeners;
-    each(agent, pod, OUTBOUND_PORT, outbound, |agent, pod, stream, peer| async move {
-        outbound::serve(&agent, &pod, stream, peer).await;
+    each(agent, pod, OUTBOUND_PORT, outbound, |at, stream, peer| async move {
+        outbound::serve(&at, stream, peer).await;
     })?;
-    each(agent, pod, INBOUND_PORT, plaintext, |agent, pod, stream, peer| async move {
-        plaintext::serve(&agent, &pod, stream, peer).await;
+    each(agent, pod, INBOUND_PORT, plaintext, |at, stream, peer| async move {
+        plaintext::serve(&at, stream, peer).await;
     })?;
-    each(agent, pod, HBONE_PORT, hbone, |agent, pod, stream, peer| async move {
-        inbound::serve(&agent, &pod, stream, peer).await;
+    each(agent, pod, HBONE_PORT, hbone, |at, stream, peer| async move {
+        inbound::serve(&at, stream, peer).await;
     })
 }
 
 fn each<F, Fut>(agent: &Arc<Agent>, pod: &Arc<Pod>, port: u16, pair: Pair, serve: F) -> Result<(), EnrolError>
 where
-    F: Fn(Arc<Agent>, Arc<Pod>, tokio::net::TcpStream, SocketAddr) -> Fut + Clone + Send + Sync + 'static,
+    F: Fn(Site, tokio::net::TcpStream, SocketAddr) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
     for listener in [Some(pair.v4), pair.v6].into_iter().flatten() {
@@ -136,7 +136,7 @@ where
             let (agent, pod, serve) = (agent.clone(), pod_of_loop.upgrade(), serve.clone());
             async move {
                 if let Some(pod) = pod {
-                    serve(agent, pod, stream, socket::canonical(peer)).await;
+                    serve(Site { agent, pod }, stream, socket::canonical(peer)).await;
                 }
             }
         }));

@@ -7,7 +7,8 @@ use clap::Parser as _;
 use mesh_net::telemetry::init_tracing;
 use mesh_node::{
     app,
-    config::{CleanSettings, Cli, Command, Config, Settings},
+    config::{CleanSettings, Cli, Command, Config, ProbeSettings, Settings},
+    kernel::{self, CleanWhat, KernelConfig},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -58,7 +59,12 @@ fn probe(settings: &ProbeSettings) -> anyhow::Result<()> {
         bpffs: settings.bpffs.clone(),
         cgroup: settings.cgroup.clone(),
     })?;
-    println!("kernel  {}\ncgroup  {}\nbpffs   {}", report.kernel, report.cgroup.display(), report.bpffs.display());
+    println!(
+        "kernel  {}\ncgroup  {}\nbpffs   {}",
+        report.kernel,
+        report.cgroup.display(),
+        report.bpffs.display()
+    );
     let mut missing = Vec::new();
     for feature in &report.features {
         let found = match (feature.found, feature.required) {

@@ -20,17 +20,17 @@ use mesh_net::{
 use tokio::net::TcpStream;
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Site},
     connections::{Accepted, Live, Subject},
-    pods::{Pod, netns::Netns},
+    pods::netns::Netns,
     report::{self, Failure, Told},
     source::AppError,
 };
 
 /// Serves one connection that the kernel handed to the outbound listener, to its end.
-pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, from: SocketAddr) {
+pub async fn serve(at: &Site, mut client: TcpStream, from: SocketAddr) {
     let mut record = AccessRecord::open(Side::Outbound, Some(from));
-    let outcome = carry(agent, pod, &mut client, from, &mut record).await;
+    let outcome = carry(at, &mut client, from, &mut record).await;
     if outcome.is_err() {
         // The client believed to be connected: a reset says that it never was, or is no longer.
         let _ = socket::reset_on_close(&client);
@@ -39,8 +39,7 @@ pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, fr
 }
 
 async fn carry(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     client: &mut TcpStream,
     from: SocketAddr,
     record: &mut AccessRecord,
@@ -48,15 +47,15 @@ async fn carry(
     let to = client.local_addr().map_err(|error| Failure::new(Flag::Internal, error.to_string()))?;
     let to = socket::canonical(to);
     record.details.dst.addr = Some(to);
-    let flow = agent.kernel.flow(pod.slot, from, to).ok_or_else(|| {
+    let flow = at.agent.kernel.flow(at.pod.slot, from, to).ok_or_else(|| {
         Failure::new(
             Flag::NoFlowRecord,
             format!("the kernel has no record of a connection from {from} to {to}"),
         )
     })?;
-    let request = Request { to: flow.dialled, chosen: flow.chosen, pick: agent.chance.next() };
-    let live = agent.connections.register(Accepted {
-        owner: pod.owner.clone(),
+    let request = Request { to: flow.dialled, chosen: flow.chosen, pick: at.agent.chance.next() };
+    let live = at.agent.connections.register(Accepted {
+        owner: at.pod.owner.clone(),
         side: Side::Outbound,
         client: from,
         dialled: flow.dialled,
@@ -64,24 +63,19 @@ async fn carry(
         subject: Subject::Outbound(request),
     });
     tokio::select! {
-        outcome = live.until_cut(planned(agent, pod, client, from, request, record, &live)) => outcome?,
-        () = pod.draining.forced() => Err(ended(agent, pod)),
+        outcome = live.until_cut(planned(at, client, from, request, record, &live)) => outcome?,
+        () = at.pod.draining.forced() => Err(ended(at)),
     }
 }
 
 /// Why a forced drain ends a connection.
-pub fn ended(agent: &Agent, pod: &Pod) -> Failure {
-    let flag = if pod.is_released(&agent.draining) { Flag::PodReleased } else { Flag::Drain };
+pub fn ended(at: &Site) -> Failure {
+    let flag = if at.pod.is_released(&at.agent.draining) { Flag::PodReleased } else { Flag::Drain };
     Failure::new(flag, flag.text())
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one connection's whole state, in the order in which it came to be"
-)]
 async fn planned(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     client: &mut TcpStream,
     from: SocketAddr,
     request: Request,
@@ -89,10 +83,11 @@ async fn planned(
     live: &Live,
 ) -> Result<(), Failure> {
     let _ = socket::tune(client);
-    let decided = agent
+    let decided = at
+        .agent
         .world
         .decide(|world| {
-            let own = pod.owner.workload(world)?;
+            let own = at.pod.owner.workload(world)?;
             let plan = outbound::plan(world, &own, &request)?;
             Ok((own, plan))
         })
@@ -100,19 +95,19 @@ async fn planned(
     let (own, plan) = match decided {
         Ok(decided) => decided,
         Err(refusal) => {
-            let source = agent.world.now().and_then(|world| pod.owner.workload(&world).ok());
+            let source = at.agent.world.now().and_then(|world| at.pod.owner.workload(&world).ok());
             record.details.src = report::party(from, source.as_deref(), None);
-            Told { source, ..Told::default() }.count(record, &agent.metrics, Side::Outbound);
+            Told { source, ..Told::default() }.count(record, &at.agent.metrics, Side::Outbound);
             return Err(refusal.into());
         }
     };
     let route = Route::of(&plan, &own);
     route.tell(record, from);
-    route.told.count(record, &agent.metrics, Side::Outbound);
+    route.told.count(record, &at.agent.metrics, Side::Outbound);
     report::show(live, record);
     match plan {
         Plan::Passthrough { to } | Plan::Plain { to, .. } => {
-            let mut server = dial_plain(agent, pod, to).await?;
+            let mut server = dial_plain(at, to).await?;
             copy_bidirectional(client, &mut server, &record.counters()).await?;
         }
         Plan::Tunnel { hop, authority, service, .. } | Plan::Waypoint { hop, authority, service, .. } => {
@@ -127,9 +122,9 @@ async fn planned(
                     forwarded: Some(tunnel::forwarded(from, host)),
                     client_claim: None,
                 },
-                connect: Arc::new(InPod { agent: agent.clone(), netns: pod.netns.clone() }),
+                connect: Arc::new(InPod { agent: at.agent.clone(), netns: at.pod.netns.clone() }),
             };
-            let mut server = pod.pool.open(dial).await?;
+            let mut server = at.pod.pool.open(dial).await?;
             record.details.dst.identity = Some(server.peer().clone());
             report::show(live, record);
             copy_bidirectional(client, &mut server, &record.counters()).await?;
@@ -138,10 +133,10 @@ async fn planned(
     Ok(())
 }
 
-async fn dial_plain(agent: &Agent, pod: &Pod, to: SocketAddr) -> Result<TcpStream, AppError> {
-    let opened = pod.netns.run(|| socket::for_dial(to, &DialOptions::default()))?;
+async fn dial_plain(at: &Site, to: SocketAddr) -> Result<TcpStream, AppError> {
+    let opened = at.pod.netns.run(|| socket::for_dial(to, &DialOptions::default()))?;
     let opened = opened.map_err(|source| AppError::Io { to, source })?;
-    agent.exempt(&opened).map_err(AppError::Exempt)?;
+    at.agent.exempt(&opened).map_err(AppError::Exempt)?;
     socket::connect(opened, to, limits::CONNECT).await.map_err(|source| AppError::connect(to, source))
 }
 

@@ -1,6 +1,6 @@
 //! What arrives without a tunnel: admit or refuse, then copy to the application.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use mesh_core::{flag::Flag, inbound::Arrival, tunnel::ILLEGAL_PORTS};
 use mesh_net::{
@@ -11,18 +11,17 @@ use mesh_net::{
 use tokio::net::TcpStream;
 
 use crate::{
-    agent::Agent,
+    agent::Site,
     connections::{Accepted, Live, Subject},
     inbound::{admitted, arrival},
     outbound::ended,
-    pods::Pod,
     report::{self, Failure},
 };
 
 /// Serves one plaintext connection to its end.
-pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, from: SocketAddr) {
+pub async fn serve(at: &Site, mut client: TcpStream, from: SocketAddr) {
     let mut record = AccessRecord::open(Side::Inbound, Some(from));
-    let outcome = carry(agent, pod, &mut client, from, &mut record).await;
+    let outcome = carry(at, &mut client, from, &mut record).await;
     if outcome.is_err() {
         let _ = socket::reset_on_close(&client);
     }
@@ -30,8 +29,7 @@ pub async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut client: TcpStream, fr
 }
 
 async fn carry(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     client: &mut TcpStream,
     from: SocketAddr,
     record: &mut AccessRecord,
@@ -43,15 +41,15 @@ async fn carry(
     if ILLEGAL_PORTS.contains(&to.port()) {
         return Err(Failure::new(Flag::IllegalPort, format!("port {} is the mesh's own", to.port())));
     }
-    if !pod.kept.pod.ips.contains(&to.ip()) {
+    if !at.pod.kept.pod.ips.contains(&to.ip()) {
         return Err(Failure::new(
             Flag::IllegalAuthority,
             format!("{} is not an address of this pod", to.ip()),
         ));
     }
     let arrival = arrival(None, from, to, None);
-    let live = agent.connections.register(Accepted {
-        owner: pod.owner.clone(),
+    let live = at.agent.connections.register(Accepted {
+        owner: at.pod.owner.clone(),
         side: Side::Inbound,
         client: from,
         dialled: to,
@@ -59,18 +57,13 @@ async fn carry(
         subject: Subject::Inbound(arrival.clone()),
     });
     tokio::select! {
-        outcome = live.until_cut(relay(agent, pod, client, (from, to), &arrival, record, &live)) => outcome?,
-        () = pod.draining.forced() => Err(ended(agent, pod)),
+        outcome = live.until_cut(relay(at, client, (from, to), &arrival, record, &live)) => outcome?,
+        () = at.pod.draining.forced() => Err(ended(at)),
     }
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one connection's whole state, in the order in which it came to be"
-)]
 async fn relay(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    at: &Site,
     client: &mut TcpStream,
     (from, to): (SocketAddr, SocketAddr),
     arrival: &Arrival,
@@ -79,8 +72,8 @@ async fn relay(
 ) -> Result<(), Failure> {
     let _ = socket::tune(client);
     report::show(live, record);
-    admitted(agent, pod, arrival, (from, to), record, live).await?;
-    let mut app = agent.dial_app(pod, from.ip(), to).await?;
+    admitted(at, arrival, (from, to), record, live).await?;
+    let mut app = at.agent.dial_app(&at.pod, from.ip(), to).await?;
     copy_bidirectional(client, &mut app, &record.counters()).await?;
     Ok(())
 }

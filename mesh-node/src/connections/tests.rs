@@ -62,7 +62,8 @@ fn world(changes: Vec<Change>) -> Snapshot {
 }
 
 fn plaintext(registry: &Connections, owner: &Arc<Owner>, port: u16) -> Live {
-    let (client, dialled) = ("10.0.0.9:40000".parse().unwrap(), SocketAddr::new("10.0.0.2".parse().unwrap(), port));
+    let (client, dialled) =
+        ("10.0.0.9:40000".parse().unwrap(), SocketAddr::new("10.0.0.2".parse().unwrap(), port));
     let subject = Subject::Inbound(crate::inbound::arrival(None, client, dialled, None));
     let owner = owner.clone();
     registry.register(Accepted { owner, side: Side::Inbound, client, dialled, own_tuple: true, subject })
