@@ -10,7 +10,10 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -35,6 +38,7 @@ use crate::{
     drain::Draining,
     identity::{CertificateManager, WorkloadCertificate},
     task::TaskGroup,
+    tls::TlsError,
 };
 
 /// The peer's answer to a CONNECT: its own deadline towards the application, and time to tell us.
@@ -98,6 +102,8 @@ impl Slot {
 struct Link {
     request: SendRequest<Bytes>,
     peer: Identity,
+    /// The peer has answered a CONNECT.
+    answered: AtomicBool,
     state: Mutex<LinkState>,
 }
 
@@ -199,7 +205,7 @@ impl Pool {
         for _ in 0..TRIES {
             let reservation = self.reserve(&key, &dial, &certificate).await?;
             let link = reservation.link.clone();
-            match open_on(reservation, &dial).await {
+            match open_on(reservation, &dial).await.map_err(|failure| refused_in_tls(&link, failure)) {
                 Ok(stream) => return Ok(stream),
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Unusable(error)) => {
@@ -303,7 +309,7 @@ async fn attempt(
     };
     drop((dial, certificate));
     let state = LinkState { open: 0, retired: false, idle_since: Instant::now() };
-    let link = Arc::new(Link { request, peer, state: Mutex::new(state) });
+    let link = Arc::new(Link { request, peer, answered: AtomicBool::new(false), state: Mutex::new(state) });
     let weak = Arc::downgrade(&link);
     let pings = connection.ping_pong();
     inner.connected(&key, link);
@@ -324,6 +330,19 @@ async fn attempt(
     }
 }
 
+/// In TLS 1.3 the server judges our certificate after our own handshake is done. A connection that breaks before it
+/// answered anything was refused, whether or not the alert survived the reset that follows it.
+fn refused_in_tls(link: &Link, failure: Failure) -> Failure {
+    match failure {
+        Failure::Final(DialError::Io { source, .. }) | Failure::Unusable(DialError::Io { source, .. })
+            if !link.answered.load(Ordering::Relaxed) =>
+        {
+            Failure::Final(DialError::Tls(TlsError::Io(source)))
+        }
+        other => other,
+    }
+}
+
 async fn open_on(reservation: Reservation, dial: &Dial) -> Result<TunnelStream, Failure> {
     let request = request(&dial.authority, &dial.headers).map_err(Failure::Final)?;
     let ready = within(Phase::Answer, ANSWER, reservation.link.request.clone().ready());
@@ -340,6 +359,7 @@ async fn open_on(reservation: Reservation, dial: &Dial) -> Result<TunnelStream, 
         let failure = h2_failure(Phase::Answer, &error);
         if not_acted_on { Failure::Unusable(failure) } else { Failure::Final(failure) }
     })?;
+    reservation.link.answered.store(true, Ordering::Relaxed);
     let (head, recv) = answer.into_parts();
     if head.status != StatusCode::OK {
         let flag = told_flag(&head.headers);
