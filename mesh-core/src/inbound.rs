@@ -62,8 +62,8 @@ pub fn admit(world: &Snapshot, local: &Workload, arrival: &Arrival) -> Result<Ad
             format!("port {} is one of the mesh's own", arrival.port),
         ));
     }
-    let via_waypoint = passage(world, local, arrival)?;
     let applicable = complete(world, local)?;
+    let via_waypoint = passage(world, local, arrival)?;
     let claimed = arrival.claimed_client.as_ref().filter(|_| via_waypoint);
     let identities: Vec<_> = arrival.peer.iter().chain(claimed).collect();
     let subject = Subject {
@@ -89,7 +89,7 @@ pub fn admit(world: &Snapshot, local: &Workload, arrival: &Arrival) -> Result<Ad
     })
 }
 
-/// The policies that apply, if all of them are here and can be evaluated.
+/// The policies that apply, if everything that decides is here and can be evaluated.
 fn complete(world: &Snapshot, local: &Workload) -> Result<Applicable, Refusal> {
     let applicable = world.applicable(local);
     if let Some(policy) = applicable.invalid.first().cloned() {
@@ -99,6 +99,11 @@ fn complete(world: &Snapshot, local: &Workload) -> Result<Applicable, Refusal> {
     if let Some(policy) = applicable.missing.first().cloned() {
         let why = format!("policy {policy} applies and has not been received");
         return Err(Refusal { flag: Flag::PolicyPending, why, policy: Some(policy) });
+    }
+    // A service that is named and unknown may be bound to a waypoint.
+    if let Some(service) = local.services.keys().find(|key| world.service(key).is_none()) {
+        let why = format!("service {service} has not been received, so its waypoint is not known");
+        return Err(Refusal::new(Flag::PolicyPending, why));
     }
     Ok(applicable)
 }

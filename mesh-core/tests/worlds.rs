@@ -311,6 +311,17 @@ fn the_pod_s_own_listeners_are_no_destination() {
 }
 
 #[test]
+fn a_service_that_is_named_and_not_received_may_be_bound() {
+    let (world, pod) = bound();
+    let client = world.workload_by_ip("10.0.0.1".parse().unwrap()).unwrap().clone();
+    let key = pod.services.keys().next().unwrap().to_string();
+    let early = world.with(delta::removed(proto::TYPE_ADDRESS, &key));
+    let refused = admit(&early, &pod, &arrival(Some("client"), 8080)).map_err(|refusal| refusal.flag);
+    assert_eq!(refused, Err(Flag::PolicyPending));
+    assert_eq!(direct(&early, &client, &pod, 8080), Direct::Agent);
+}
+
+#[test]
 fn only_the_bound_waypoint_may_state_a_client() {
     let (world, pod) = bound();
     let deny =
