@@ -4,6 +4,17 @@
 //! `compile`. The second half serves what they say.
 #![forbid(unsafe_code)]
 
+pub mod admin;
+pub mod app;
+pub mod ca;
 pub mod compile;
+pub mod config;
+pub mod credentials;
+pub mod pipeline;
+pub mod publish;
+pub mod serve;
 pub mod source;
+pub mod status;
 pub mod translate;
+
+pub use pipeline::analyze;

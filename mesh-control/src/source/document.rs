@@ -84,6 +84,18 @@ pub fn parse(path: &str, text: &str) -> Parsed {
     parsed
 }
 
+/// The line of `field` of the object that begins on `object_line` of `text`; that line itself when it is not found.
+pub fn line_in(text: &str, object_line: usize, field: &str) -> usize {
+    let document = split(text).into_iter().take_while(|(first, _)| *first <= object_line).last();
+    match document {
+        // In a list the path of the object is not known here, and its own line is near enough.
+        Some((first, part)) if !part.lines().any(|line| line.starts_with("items:")) => {
+            (first + line_of(&part, field).saturating_sub(1)).max(object_line)
+        }
+        Some(_) | None => object_line,
+    }
+}
+
 /// YAML to a tree; the error's line counts from 1 inside the document.
 fn read_document(text: &str) -> Result<Json, (usize, String)> {
     let fault = |error: serde_yaml_ng::Error| (error.location().map_or(1, |at| at.line()), error.to_string());

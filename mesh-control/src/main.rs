@@ -1,0 +1,41 @@
+//! The control plane's process.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use mesh_control::{app::App, config::Settings};
+use mesh_core::limits::DRAIN;
+use mesh_net::{drain, task::TaskGroup, telemetry::init_tracing};
+use tokio::signal::unix::{SignalKind, signal};
+
+fn main() -> ExitCode {
+    match run(&Settings::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-control: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(settings: &Settings) -> anyhow::Result<()> {
+    let _log = init_tracing(settings.log_format, &settings.log_level).map_err(anyhow::Error::msg)?;
+    let (drain, _) = drain::channel();
+    let tasks = TaskGroup::new();
+    let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let app = App::start(settings, &drain, &tasks).await?;
+    tracing::info!(addr = %app.addr, "serving");
+    tokio::select! {
+        _ = terminated.recv() => {}
+        _ = interrupted.recv() => {}
+    }
+    tracing::info!("draining");
+    // Feeds are open for ever and hold no work of ours: a short first step is enough.
+    drain.run(&tasks, DRAIN.min(std::time::Duration::from_secs(2))).await;
+    let _ = std::fs::remove_file(&settings.admin);
+    Ok(())
+}
