@@ -60,9 +60,9 @@ pub struct UpArgs {
     /// Stay, show what happens, and take the mesh down at Ctrl-C.
     #[arg(long)]
     foreground: bool,
-    /// Seconds to wait for everything to be in force before giving back the shell.
-    #[arg(long, default_value_t = 60)]
-    wait: u64,
+    /// How long to wait for everything to be in force before giving back the shell.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
+    wait: Duration,
 }
 
 /// Arguments of `status`.
@@ -73,9 +73,9 @@ pub struct StatusArgs {
     /// Form of the output.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
-    /// Seconds to wait for everything to be in force; fails when it is not by then.
-    #[arg(long)]
-    wait: Option<u64>,
+    /// How long to wait for everything to be in force; fails when it is not by then.
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    wait: Option<Duration>,
 }
 
 /// Forms of output.
@@ -154,10 +154,10 @@ fn up(args: &UpArgs) -> anyhow::Result<ExitCode> {
     down(name)
 }
 
-/// Waits until the mesh answers, then up to `seconds` until it is in force, telling what it waits for.
-fn born(layout: &Layout, seconds: u64) -> anyhow::Result<Status> {
+/// Waits until the mesh answers, then up to `wait` until it is in force, telling what it waits for.
+fn born(layout: &Layout, wait: Duration) -> anyhow::Result<Status> {
     let birth = Instant::now() + BIRTH;
-    let deadline = Instant::now() + Duration::from_secs(seconds);
+    let deadline = Instant::now() + wait;
     let mut told = String::new();
     loop {
         match rpc::status(&layout.socket()) {
@@ -202,7 +202,7 @@ fn foreground(layout: &Layout) -> anyhow::Result<()> {
 
 fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let (layout, group) = places(&args.name.name)?;
-    let deadline = Instant::now() + Duration::from_secs(args.wait.unwrap_or_default());
+    let deadline = Instant::now() + args.wait.unwrap_or_default();
     let status = loop {
         let status = live(&layout, &group, &args.name.name)?;
         if status.in_force || args.wait.is_none() || Instant::now() >= deadline {
@@ -303,4 +303,28 @@ pub fn program_path() -> anyhow::Result<String> {
     let users = std::env::var("PATH")
         .unwrap_or_else(|_| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
     Ok(format!("{}:{users}", beside.display()))
+}
+
+/// (pure) `30`, `30s` or `2m`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix('m') {
+        Some(number) => (number, 60),
+        None => (text.strip_suffix('s').unwrap_or(text), 1),
+    };
+    let number: u64 = number.parse().map_err(|_| "a number of seconds, such as 30, 30s or 2m".to_owned())?;
+    number.checked_mul(unit).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_seconds_or_minutes() {
+        for (text, seconds) in
+            [("30", Some(30)), ("30s", Some(30)), ("2m", Some(120)), ("", None), ("2h", None)]
+        {
+            assert_eq!(duration(text).ok(), seconds.map(Duration::from_secs), "{text}");
+        }
+    }
 }

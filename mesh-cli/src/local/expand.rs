@@ -9,6 +9,7 @@ use std::{
 use k8s_openapi::{
     api::{
         apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet},
+        batch::v1::Job,
         core::v1::{Container, Node, Pod, PodSpec, PodTemplateSpec, Service},
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -55,7 +56,7 @@ pub struct Source {
 /// The controller that a pod belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
-    /// Its kind: `ReplicaSet`, `StatefulSet` or `DaemonSet`.
+    /// Its kind: `ReplicaSet`, `StatefulSet`, `DaemonSet` or `Job`.
     pub kind: &'static str,
     /// Its name.
     pub name: String,
@@ -137,6 +138,8 @@ pub struct Wanted {
     pub services: Vec<WantedService>,
     /// Waypoint Gateways.
     pub waypoints: Vec<WantedWaypoint>,
+    /// The trust domain of every identity.
+    pub trust_domain: String,
     /// What cannot be done, and why.
     pub problems: Vec<Problem>,
 }
@@ -152,7 +155,7 @@ const MAX_REPLICAS: i32 = 200;
 
 /// Kinds that become pods here, so that the control plane does not see them as written.
 pub fn is_workload(kind: &str) -> bool {
-    matches!(kind, "Pod" | "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet")
+    matches!(kind, "Pod" | "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet" | "Job")
 }
 
 /// Whether this Gateway is a waypoint.
@@ -167,7 +170,8 @@ pub fn expand<'a>(
     placed: &BTreeMap<Key, String>,
 ) -> Wanted {
     let documents: Vec<&Document> = documents.into_iter().collect();
-    let mut wanted = Wanted { nodes: nodes(&documents), ..Wanted::default() };
+    let (nodes, trust_domain) = (nodes(&documents), trust_domain(&documents));
+    let mut wanted = Wanted { nodes, trust_domain, ..Wanted::default() };
     let namespaces: HashMap<&str, &Document> = documents
         .iter()
         .filter(|document| document.kind == "Namespace")
@@ -246,6 +250,16 @@ fn nodes(documents: &[&Document]) -> Vec<WantedNode> {
         .into()
 }
 
+/// The mesh's options are a ConfigMap of the root namespace.
+fn trust_domain(documents: &[&Document]) -> String {
+    let options = documents.iter().find(|document| {
+        (document.kind.as_str(), document.namespace.as_str(), document.name.as_str())
+            == ("ConfigMap", "undermesh-system", "undermesh")
+    });
+    let written = options.and_then(|document| document.value.pointer("/data/trustDomain")?.as_str());
+    written.unwrap_or("cluster.local").to_owned()
+}
+
 /// Pods of one workload before they have a node.
 struct Draft {
     document: Document,
@@ -259,6 +273,7 @@ enum Shape {
     Single,
     Replicas(i32),
     Ordered(i32),
+    Once(i32),
     EveryNode,
 }
 
@@ -284,12 +299,16 @@ fn workload(document: &Document) -> Result<Vec<Draft>, Box<Problem>> {
             pod.subdomain = pod.subdomain.take().or(spec.service_name);
             (template, Shape::Ordered(spec.replicas.unwrap_or(1)))
         }
+        "Job" => {
+            let spec = typed::<Job>(document)?.spec.unwrap_or_default();
+            (spec.template, Shape::Once(spec.parallelism.unwrap_or(1)))
+        }
         _ => (typed::<DaemonSet>(document)?.spec.unwrap_or_default().template, Shape::EveryNode),
     };
     let base = if document.kind == "Pod" { "spec" } else { "spec.template.spec" };
     let spec = template.spec.as_ref().ok_or_else(|| Box::new(document.problem(base, "required")))?;
     runnable(document, base, spec)?;
-    if let Shape::Replicas(count) | Shape::Ordered(count) = shape
+    if let Shape::Replicas(count) | Shape::Ordered(count) | Shape::Once(count) = shape
         && !(0..=MAX_REPLICAS).contains(&count)
     {
         let reason = format!("must be 0 to {MAX_REPLICAS}");
@@ -381,7 +400,9 @@ impl Draft {
         let names: Vec<(String, Option<String>)> = match self.shape {
             Shape::Single => vec![(base.clone(), None)],
             Shape::Replicas(count) => (0..count).map(|n| (format!("{base}-{hash}-{n}"), None)).collect(),
-            Shape::Ordered(count) => (0..count).map(|n| (format!("{base}-{n}"), None)).collect(),
+            Shape::Ordered(count) | Shape::Once(count) => {
+                (0..count).map(|n| (format!("{base}-{n}"), None)).collect()
+            }
             Shape::EveryNode => placement
                 .fitting(&spec)
                 .into_iter()
@@ -416,6 +437,12 @@ impl Draft {
                 labels.insert("statefulset.kubernetes.io/pod-name".to_owned(), key.name.clone());
                 spec.hostname = Some(key.name.clone());
                 Some(Owner { kind: "StatefulSet", name: base.clone() })
+            }
+            Shape::Once(_) => {
+                labels.insert("batch.kubernetes.io/job-name".to_owned(), base.clone());
+                // Kubernetes demands that one be written; the sensible one of the two is taken here.
+                spec.restart_policy.get_or_insert_with(|| "OnFailure".to_owned());
+                Some(Owner { kind: "Job", name: base.clone() })
             }
             Shape::EveryNode => Some(Owner { kind: "DaemonSet", name: base.clone() }),
         };

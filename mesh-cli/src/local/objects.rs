@@ -147,7 +147,7 @@ fn pod_object(pod: &PodFacts) -> Value {
     });
     if let Some(owner) = &wanted.owner {
         metadata["ownerReferences"] = json!([{
-            "apiVersion": "apps/v1", "kind": owner.kind, "name": owner.name, "uid": owner.name, "controller": true,
+            "apiVersion": if owner.kind == "Job" { "batch/v1" } else { "apps/v1" }, "kind": owner.kind, "name": owner.name, "uid": owner.name, "controller": true,
         }]);
     }
     if pod.stopping {

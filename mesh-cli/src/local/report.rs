@@ -17,9 +17,6 @@ use super::{
     status::{ControlAnswer, ControlStatus, NodeStatus, PodStatus, ServiceStatus, Status, WaypointStatus},
 };
 
-/// Trust domain of a local mesh's identities, unless its options say otherwise.
-const TRUST_DOMAIN: &str = "cluster.local";
-
 /// The supervisor's part of the status; asking the others takes time, which is not the supervisor's.
 #[derive(Debug)]
 pub struct Draft {
@@ -45,7 +42,7 @@ impl Draft {
             problems: problems.to_vec(),
             control: control_status(ground, control, fabric),
             nodes: nodes.values().map(|node| node_status(ground, node)).collect(),
-            pods: pods.values().map(|pod| pod_status(ground, pod)).collect(),
+            pods: pods.values().map(|pod| pod_status(ground, &wanted.trust_domain, pod)).collect(),
             services: services.iter().map(service_status).collect(),
             ..Status::default()
         };
@@ -138,21 +135,10 @@ fn merge(status: &mut Status, answer: ControlAnswer, rendered: &Rendered) {
     if answer.in_force {
         return;
     }
-    let before = status.waiting.len();
-    status.waiting.extend(answer.waiting.into_iter().map(|line| format!("control plane: {line}")));
-    for proxy in answer.proxies {
-        if !proxy.connected {
-            status.waiting.push(format!("{}: not connected to the control plane", proxy.id));
-        } else if !proxy.pending.is_empty() {
-            status.waiting.push(format!("{}: has yet to apply {}", proxy.id, proxy.pending.join(", ")));
-        }
-        for nack in proxy.nacks {
-            status.waiting.push(format!("{}: refused {nack}", proxy.id));
-        }
-    }
-    if status.waiting.len() == before {
+    if answer.why.is_empty() {
         status.waiting.push("control plane: not in force everywhere yet".to_owned());
     }
+    status.waiting.extend(answer.why.into_iter().map(|line| format!("control plane: {line}")));
 }
 
 fn control_status(ground: &Ground, control: &Keeper, fabric: u32) -> ControlStatus {
@@ -184,7 +170,7 @@ fn node_status(ground: &Ground, node: &Node) -> NodeStatus {
     }
 }
 
-fn pod_status(ground: &Ground, pod: &Pod) -> PodStatus {
+fn pod_status(ground: &Ground, trust_domain: &str, pod: &Pod) -> PodStatus {
     let observed = pod.observed();
     let Key { namespace, name } = pod.wanted.key.clone();
     let account = pod.wanted.service_account();
@@ -196,7 +182,7 @@ fn pod_status(ground: &Ground, pod: &Pod) -> PodStatus {
         ips: pod.ips.clone(),
         uid: pod.uid.clone(),
         enrolled: observed.enrolled,
-        identity: has_identity.then(|| format!("spiffe://{TRUST_DOMAIN}/ns/{namespace}/sa/{account}")),
+        identity: has_identity.then(|| format!("spiffe://{trust_domain}/ns/{namespace}/sa/{account}")),
         ready: observed.ready,
         why: if observed.stopping { Some("stopping".to_owned()) } else { observed.why },
         pid: observed.pid,

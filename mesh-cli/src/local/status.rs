@@ -152,29 +152,9 @@ pub struct ControlAnswer {
     /// What is wrong with the objects.
     #[serde(default)]
     pub problems: Vec<Problem>,
-    /// Proxies.
+    /// Why it is not in force.
     #[serde(default)]
-    pub proxies: Vec<ProxyAnswer>,
-    /// Why it is not in force, where it says so.
-    #[serde(default)]
-    pub waiting: Vec<String>,
-}
-
-/// One proxy in [`ControlAnswer`].
-#[derive(Debug, Default, Deserialize)]
-pub struct ProxyAnswer {
-    /// Its id.
-    #[serde(default)]
-    pub id: String,
-    /// Its stream is open.
-    #[serde(default)]
-    pub connected: bool,
-    /// What it has not acknowledged.
-    #[serde(default)]
-    pub pending: Vec<String>,
-    /// What it refused.
-    #[serde(default)]
-    pub nacks: Vec<serde_json::Value>,
+    pub why: Vec<String>,
 }
 
 impl Status {
