@@ -8,6 +8,8 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mesh_core::id::Identity;
+use mesh_net::testing::{Leaf, MiniCa};
 use mesh_tests::{Pod, netns, peer::dial, wait, world::Family};
 use tempfile::TempDir;
 
@@ -85,13 +87,17 @@ impl Drop for EnvoyPair {
 
 /// A root and one certificate for each end.
 fn certificates(directory: &Path) -> anyhow::Result<()> {
-    let ca = mesh_net::testing::Ca::new("bench");
+    let ca = MiniCa::new();
     for name in ["client", "server"] {
-        let certificate = ca.issue_pem("bench", "bench", name);
-        fs::write(directory.join(format!("{name}.crt")), certificate.chain)?;
-        fs::write(directory.join(format!("{name}.key")), certificate.key)?;
+        let issued = ca.issue(Leaf::of(&Identity::new("bench", "bench", name)));
+        fs::write(directory.join(format!("{name}.crt")), pem("CERTIFICATE", &issued.chain[0]))?;
+        fs::write(directory.join(format!("{name}.key")), pem("PRIVATE KEY", issued.key.secret_der()))?;
     }
     Ok(fs::write(directory.join("ca.crt"), ca.root_pem())?)
+}
+
+fn pem(label: &str, bytes: &[u8]) -> String {
+    pem::encode(&pem::Pem::new(label, bytes))
 }
 
 fn tls(directory: &Path, name: &str) -> String {

@@ -9,6 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde::Deserialize;
 use tempfile::TempDir;
 
@@ -55,6 +59,23 @@ pub struct Node {
     pub netns: PathBuf,
     /// The agent's admin socket.
     pub admin_socket: PathBuf,
+    /// The agent's process.
+    pub agent_pid: Option<u32>,
+    /// How often it was started again.
+    pub restarts: u32,
+}
+
+/// The control plane as `meshctl local status` describes it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Control {
+    /// Where agents reach it.
+    pub address: String,
+    /// Its namespace.
+    pub netns: PathBuf,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// How often it was started again.
+    pub restarts: u32,
 }
 
 /// A service as `meshctl local status` describes it.
@@ -83,8 +104,8 @@ pub struct End {
 pub struct Connection {
     /// `outbound` or `inbound`.
     pub direction: String,
-    /// direct, tunnel, plaintext, passthrough.
-    pub path: String,
+    /// direct, tunnel, plaintext, passthrough, plain; none until that is decided.
+    pub path: Option<String>,
     /// The client's end.
     pub src: End,
     /// The server's end.
@@ -99,6 +120,11 @@ pub struct Connection {
 pub struct Status {
     /// Everything written is in force everywhere.
     pub in_force: bool,
+    /// What is not in force yet.
+    #[serde(default)]
+    pub waiting: Vec<String>,
+    /// The control plane.
+    pub control: Control,
     /// Nodes.
     pub nodes: Vec<Node>,
     /// Pods.
@@ -193,7 +219,11 @@ impl World {
     pub fn in_force(&self) -> anyhow::Result<Status> {
         wait::until("the mesh to be in force", || {
             let status = self.status().map_err(|error| format!("{error:#}"))?;
-            if status.in_force { Ok(status) } else { Err(format!("{status:?}")) }
+            if status.in_force {
+                Ok(status)
+            } else {
+                Err(format!("{:?}, problems {:?}", status.waiting, status.problems))
+            }
         })
     }
 
@@ -296,6 +326,30 @@ impl World {
         })
     }
 
+    /// Process of a node's agent.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn agent_pid(&self, node: &str) -> anyhow::Result<u32> {
+        self.node(node)?.agent_pid.with_context(|| format!("the agent of {node} does not run"))
+    }
+
+    /// Ends a node's agent with SIGKILL. It is started again.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kill_agent(&self, node: &str) -> anyhow::Result<()> {
+        end(self.agent_pid(node)?)
+    }
+
+    /// Ends the control plane with SIGKILL. It is started again.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kill_control(&self) -> anyhow::Result<()> {
+        end(self.status()?.control.pid.context("the control plane does not run")?)
+    }
+
     /// Name of the local mesh.
     pub fn name(&self) -> &str {
         &self.name
@@ -314,6 +368,11 @@ impl World {
         }
         Ok(output)
     }
+}
+
+fn end(pid: u32) -> anyhow::Result<()> {
+    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 1).context("not a process of ours")?;
+    Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
 }
 
 impl Drop for World {

@@ -193,7 +193,7 @@ impl Fixture {
         // The client's agent sees what it sends; plaintext is seen only where it arrives.
         let node = if path == "plaintext" && cell.place == Place::CrossNode { "n2" } else { "n1" };
         let listed = self.world.connection_from(node, source)?;
-        ensure!(listed.path == path, "went by {} instead of {path}", listed.path);
+        ensure!(listed.path.as_deref() == Some(path), "went by {:?} instead of {path}", listed.path);
         if path == "plaintext" {
             ensure!(listed.src.identity.is_none(), "plaintext has the identity {:?}", listed.src.identity);
         } else {
@@ -225,7 +225,7 @@ fn passthrough(fixture: &Fixture) -> anyhow::Result<()> {
         };
         ensure!(seen.ip() == family.of(&fixture.client.ips)?, "the server saw {seen}");
         let listed = fixture.world.connection_from("n1", stream.local_addr()?)?;
-        ensure!(listed.path == "passthrough", "went by {}", listed.path);
+        ensure!(listed.path.as_deref() == Some("passthrough"), "went by {:?}", listed.path);
     }
     Ok(())
 }

@@ -16,9 +16,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_ebpf_common::{CAPTURE_MARK, CAPTURE_TABLE, reason::Reason};
+use aya::maps::{HashMap, Map, MapData};
+use mesh_ebpf_common::{
+    CAPTURE_MARK, CAPTURE_TABLE,
+    map::{FlowKey, FlowRecord, MAX_FLOWS},
+    reason::Reason,
+    wire::Target,
+};
 use mesh_node::kernel::{
-    CleanWhat, Flow, Kernel, KernelConfig, KernelState, PairVerdict, PodIdentity, PodListeners, PodSlot, clean,
+    CleanWhat, Flow, Kernel, KernelConfig, KernelState, PairVerdict, PodIdentity, PodListeners, PodSlot, ProbeReport, clean,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -141,6 +147,30 @@ impl Agent {
     }
 }
 
+impl Agent {
+    /// Ends as a process would: every socket and every handle closed, nothing released.
+    pub fn die(self) {
+        drop(self);
+    }
+}
+
+fn flows(agent: &Agent) -> HashMap<MapData, FlowKey, FlowRecord> {
+    let path = agent.kernel.pinned_maps().as_ref().join("FLOWS");
+    HashMap::try_from(Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap()).unwrap()
+}
+
+/// Connects from exactly this address.
+pub fn dial_from(from: SocketAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    // No TIME_WAIT: the next attempt has the same address.
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.bind(&from.into())?;
+    socket.connect_timeout(&to.into(), DEADLINE)?;
+    socket.set_read_timeout(Some(DEADLINE))?;
+    Ok(socket.into())
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
@@ -220,21 +250,77 @@ impl Bed {
         Pod { uid: format!("uid-{name}"), name, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
     }
 
-    fn config(&self) -> KernelConfig {
+    pub fn config(&self) -> KernelConfig {
         KernelConfig { node: self.node.clone(), bpffs: BPFFS.into(), cgroup: None }
     }
 
     /// Starts an agent of this bed's node.
     pub fn agent(&self) -> Agent {
         let (kernel, _) = Kernel::open(&self.config()).unwrap_or_else(|error| panic!("{error}"));
+        self.agent_of(kernel)
+    }
+
+    /// An agent around what [`Bed::reopen`] gave.
+    pub fn agent_of(&self, kernel: Kernel) -> Agent {
         Agent { kernel, seen: Arc::default(), stop: Arc::default(), listeners: Vec::new() }
+    }
+
+    /// Starts the agent again after [`Agent::die`], when the last of its threads has let go.
+    pub fn reopen(&self) -> (Kernel, ProbeReport) {
+        let mut opened = None;
+        until("the former agent to be gone", || {
+            opened = Kernel::open(&self.config()).ok();
+            opened.is_some()
+        });
+        opened.unwrap()
+    }
+
+    /// Gives the addresses of one pod to another one.
+    pub fn take_addresses(&self, from: &Pod, to: &Pod) {
+        ip(&format!("-n {} link set eth0 down", from.name));
+        let name = &to.name;
+        ip(&format!("-n {name} addr flush dev eth0 scope global"));
+        ip(&format!("-n {name} addr add {}/24 dev eth0", from.v4));
+        ip(&format!("-n {name} addr add {}/64 dev eth0 nodad", from.v6));
+        ip(&format!("-n {name} route replace default via 10.44.0.1"));
+        ip(&format!("-n {name} -6 route replace default via fd44::1"));
+        let table = CAPTURE_TABLE;
+        ip(&format!("-n {} route replace local default dev lo src {} table {table}", to.name, from.v4));
+        ip(&format!("-n {} -6 route replace local default dev lo src {} table {table}", to.name, from.v6));
+        ip(&format!("-n {}h neigh flush all", self.id));
+        for name in lock(&self.names).iter() {
+            let _ = Command::new("ip").args(["-n", name, "neigh", "flush", "all"]).output();
+        }
+    }
+
+    /// Puts a record into the kernel as no program would have written it.
+    pub fn plant(&self, agent: &Agent, netns: u64, src: SocketAddr, dst: SocketAddr, record: FlowRecord) -> FlowKey {
+        let (src, dst) = (Target::from(src), Target::from(dst));
+        let key = FlowKey { netns, src: src.ip, dst: dst.ip, sport: src.port, dport: dst.port, pad: 0 };
+        flows(agent).insert(key, FlowRecord { key, ..record }, 0).unwrap();
+        key
+    }
+
+    /// Takes it out again.
+    pub fn unplant(&self, agent: &Agent, key: &FlowKey) {
+        let _ = flows(agent).remove(key);
+    }
+
+    /// Leaves no room for another record.
+    pub fn fill_flows(&self, agent: &Agent) {
+        let mut map = flows(agent);
+        let record = FlowRecord { kind: 4, ..FlowRecord::default() };
+        for number in 0..u64::from(MAX_FLOWS) {
+            let key = FlowKey { netns: u64::MAX - number, ..FlowKey::default() };
+            map.insert(key, record, 0).unwrap();
+        }
     }
 
     /// Starts another node's agent on the same kernel.
     pub fn other_agent(&self) -> Agent {
         let config = KernelConfig { node: format!("{}-2", self.node), ..self.config() };
         let (kernel, _) = Kernel::open(&config).unwrap_or_else(|error| panic!("{error}"));
-        Agent { kernel, seen: Arc::default(), stop: Arc::default(), listeners: Vec::new() }
+        self.agent_of(kernel)
     }
 
     /// Opens the listeners of a pod, enrols it and relays what arrives there.
