@@ -7,8 +7,18 @@ use crate::wire::{Ip, PortBe, Target};
 
 /// Name of every map, in the object, in bpffs and in metrics.
 pub const MAP_NAMES: [&str; 12] = [
-    "PODS", "LOCAL", "CONFIG", "SERVICES", "ENDPOINTS", "VERDICTS", "FLOWS", "OWN_FLOWS", "LISTENERS", "SOCKETS",
-    "OURS", "COUNTERS",
+    "PODS",
+    "LOCAL",
+    "CONFIG",
+    "SERVICES",
+    "ENDPOINTS",
+    "VERDICTS",
+    "FLOWS",
+    "OWN_FLOWS",
+    "LISTENERS",
+    "SOCKETS",
+    "OURS",
+    "COUNTERS",
 ];
 /// Name of the ring buffer of events.
 pub const EVENTS: &str = "EVENTS";
@@ -269,9 +279,19 @@ mod pod {
         )* };
     }
     pod!(
-        super::PodEntry, super::LocalPod, super::Config, super::Service, super::ServiceKey, super::EndpointKey,
-        super::Endpoint, super::VerdictKey, super::VerdictEntry, super::FlowKey, super::FlowRecord,
-        super::SocketState, crate::wire::Ip
+        super::PodEntry,
+        super::LocalPod,
+        super::Config,
+        super::Service,
+        super::ServiceKey,
+        super::EndpointKey,
+        super::Endpoint,
+        super::VerdictKey,
+        super::VerdictEntry,
+        super::FlowKey,
+        super::FlowRecord,
+        super::SocketState,
+        crate::wire::Ip
     );
 }
 

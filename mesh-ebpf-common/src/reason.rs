@@ -34,6 +34,7 @@ reasons! {
     IllegalPort "illegal_port" "connect: one of the mesh's own ports.";
     UnsupportedSocket "unsupported_socket" "connect: a stream socket that is not TCP.";
     KernelFault "kernel_fault" "connect: a helper of the kernel failed.";
+    AgentAbsent "agent_absent" "connect: the agent would have to carry it and does not listen.";
     Recorded "recorded" "SYN: the record is written.";
     Undecided "undecided" "SYN: connect decided nothing for this socket.";
     DestinationChanged "destination_changed" "SYN: not the destination that was decided about.";

@@ -9,8 +9,8 @@
 use crate::{
     is_agent_port,
     map::{
-        ANY_OTHER_PORT, CONFIG_NO_DIRECT, Endpoint, EndpointKey, LocalPod, SERVICE_AGENT, Service, ServiceKey,
-        VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
+        ANY_OTHER_PORT, CONFIG_NO_DIRECT, Endpoint, EndpointKey, LocalPod, SERVICE_AGENT, Service,
+        ServiceKey, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
     },
     reason::Reason,
     wire::{Ip, PortBe, Target},
@@ -122,7 +122,9 @@ pub fn decide<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
     }
     match call.transport {
         Transport::Tcp => {}
-        Transport::OtherStream => return Verdict::new(Way::Deny, Reason::UnsupportedSocket, call.to, NO_CHOICE),
+        Transport::OtherStream => {
+            return Verdict::new(Way::Deny, Reason::UnsupportedSocket, call.to, NO_CHOICE);
+        }
         Transport::Other => return alone(Reason::Uncaptured),
     }
     if call.own {

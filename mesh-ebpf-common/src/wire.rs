@@ -142,7 +142,9 @@ mod tests {
 
     #[test]
     fn addresses_round_trip_and_mapped_ones_are_v4() {
-        for (text, v4) in [("10.1.2.3", true), ("fd00::1:2", false), ("::ffff:10.1.2.3", true), ("::2", false)] {
+        for (text, v4) in
+            [("10.1.2.3", true), ("fd00::1:2", false), ("::ffff:10.1.2.3", true), ("::2", false)]
+        {
             let ip: IpAddr = text.parse().unwrap();
             assert_eq!(Ip::from(ip).to_ip(), ip.to_canonical(), "{text}");
             assert_eq!(Ip::from(ip).is_v4(), v4, "{text}");
@@ -154,9 +156,18 @@ mod tests {
     #[test]
     fn loopback_is_told_in_every_form() {
         for (text, expected) in [
-            ("127.0.0.1", true), ("127.9.9.9", true), ("::1", true), ("::", true), ("0.0.0.0", true),
-            ("::ffff:127.0.0.1", true), ("::ffff:0.0.0.0", true), ("128.0.0.1", false), ("::2", false),
-            ("0.0.0.1", false), ("fe80::1", false), ("::7f00:1", false),
+            ("127.0.0.1", true),
+            ("127.9.9.9", true),
+            ("::1", true),
+            ("::", true),
+            ("0.0.0.0", true),
+            ("::ffff:127.0.0.1", true),
+            ("::ffff:0.0.0.0", true),
+            ("128.0.0.1", false),
+            ("::2", false),
+            ("0.0.0.1", false),
+            ("fe80::1", false),
+            ("::7f00:1", false),
         ] {
             assert_eq!(Ip::from(text.parse::<IpAddr>().unwrap()).is_loopback(), expected, "{text}");
         }

@@ -4,7 +4,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_common::{
     event::EVENT_REFUSED,
-    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_SELF, FLOW_TO_AGENT, FlowRecord},
+    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_SELF, FLOW_TO_AGENT, FlowRecord, SLOT_OUTBOUND},
     reason::Reason,
     verdict::{Verdict, Way},
     wire::Target,
@@ -20,6 +20,8 @@ pub struct Asked {
     pub to: Target,
     pub netns: u64,
     pub pod: u32,
+    /// First slot of its listeners.
+    pub slot: u32,
     pub generation: u64,
 }
 
@@ -47,6 +49,11 @@ pub fn conclude(cx: &SockAddrContext, family: Family, asked: &Asked, verdict: &V
 
 #[inline(always)]
 fn proceed(cx: &SockAddrContext, family: Family, asked: &Asked, verdict: &Verdict, kind: u32) -> i32 {
+    let listener = asked.slot + SLOT_OUTBOUND + u32::from(!asked.to.ip.is_v4());
+    if kind == FLOW_TO_AGENT && !maps::listening(listener) {
+        // Its SYN would be dropped without an answer, which takes an application two minutes to see.
+        return refuse(cx, asked, verdict, Reason::AgentAbsent);
+    }
     let marked = if kind == FLOW_TO_AGENT { ctx::capture(cx) } else { ctx::uncapture(cx) };
     if !marked {
         return refuse(cx, asked, verdict, Reason::KernelFault);

@@ -16,10 +16,12 @@ pub fn connect(cx: &SockAddrContext, family: Family) -> i32 {
     // The generation comes first: whatever is looked up below is at least as new, and a change in between is seen
     // before the SYN.
     let (generation, config) = maps::config();
+    let mut slot = 0;
     let mut caller = Caller { enrolled: false, pod: 0, netns, config };
     if let Some(pod) = maps::capturing(netns) {
         caller.enrolled = true;
         caller.pod = pod.id;
+        slot = pod.slot;
     }
     let call = Call {
         to: ctx::address(cx, family),
@@ -27,5 +29,5 @@ pub fn connect(cx: &SockAddrContext, family: Family) -> i32 {
         own: caller.enrolled && maps::is_ours(ctx::socket_of_address(cx)),
     };
     let verdict = decide(&call, &caller, &Maps);
-    conclude::conclude(cx, family, &Asked { to: call.to, netns, pod: caller.pod, generation }, &verdict)
+    conclude::conclude(cx, family, &Asked { to: call.to, netns, pod: caller.pod, slot, generation }, &verdict)
 }

@@ -18,8 +18,8 @@ use aya_ebpf::{
 use mesh_ebpf_common::{
     event::{EVENT_CLOSED, EVENT_CUT, EVENT_OPENED, EVENT_REFUSED},
     map::{
-        FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OWN, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord, PodEntry,
-        SocketState,
+        FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OWN, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord,
+        PodEntry, SocketState,
     },
     reason::Reason,
 };
@@ -65,8 +65,7 @@ fn connecting(cx: &SockOpsContext) {
     }
     let Some(state) = maps::state_or_new(socket) else {
         maps::count(Reason::KernelFault);
-        ctx::divert(cx);
-        return;
+        return lead_astray(cx);
     };
     match check(&state.record, netns, &ends) {
         Ok(()) => record(cx, netns, &ends, state),
@@ -87,7 +86,9 @@ fn check(decided: &FlowRecord, netns: u64, ends: &Ends) -> Result<(), Reason> {
         FLOW_SELF if !source_is_self => Err(Reason::IllegalSource),
         FLOW_SELF => Ok(()),
         FLOW_TO_AGENT | FLOW_DIRECT if !as_decided => Err(Reason::DestinationChanged),
-        FLOW_TO_AGENT | FLOW_DIRECT if !maps::is_own_address(&ends.local.ip, netns) => Err(Reason::IllegalSource),
+        FLOW_TO_AGENT | FLOW_DIRECT if !maps::is_own_address(&ends.local.ip, netns) => {
+            Err(Reason::IllegalSource)
+        }
         FLOW_DIRECT if decided.generation != maps::config().0 => Err(Reason::StaleGeneration),
         FLOW_TO_AGENT | FLOW_DIRECT => Ok(()),
         _ => Err(Reason::Undecided),
@@ -102,7 +103,7 @@ fn record(cx: &SockOpsContext, netns: u64, ends: &Ends, state: &mut SocketState)
     if !ctx::watch_state(cx) || map.insert(&state.record.key, &state.record, 0).is_err() {
         // Without a record a SYN to another address is dropped where it arrives, but a direct one would arrive as
         // anonymous plaintext: it must not leave.
-        ctx::divert(cx);
+        lead_astray(cx);
         maps::count(Reason::MapFull);
         return maps::emit(EVENT_REFUSED, Reason::MapFull, &state.record, Figures::default());
     }
@@ -120,10 +121,24 @@ fn complete(cx: &SockOpsContext, netns: u64, ends: &Ends, record: &mut FlowRecor
     record.socket = ctx::cookie_of_ops(cx);
 }
 
+/// The SYN must not leave the pod.
+#[inline(always)]
+fn lead_astray(cx: &SockOpsContext) {
+    ctx::divert(cx);
+    ctx::give_up_early(cx);
+}
+
 /// A connect cannot be refused any more: its SYN goes to the pod's own loopback and finds a record that refuses it.
 #[inline(always)]
-fn block(cx: &SockOpsContext, netns: u64, pod: &PodEntry, ends: &Ends, state: &mut SocketState, reason: Reason) {
-    ctx::divert(cx);
+fn block(
+    cx: &SockOpsContext,
+    netns: u64,
+    pod: &PodEntry,
+    ends: &Ends,
+    state: &mut SocketState,
+    reason: Reason,
+) {
+    lead_astray(cx);
     state.record.kind = FLOW_REFUSED;
     state.record.flags = 0;
     state.record.src_pod = pod.id;
@@ -198,11 +213,11 @@ fn passive(cx: &SockOpsContext) {
         }
         None => Reason::OpenedUnrecorded,
     };
-    // What it sends goes to its own loopback and is answered by a reset, which ends it even without the agent; the
-    // agent ends it at once.
+    // What it sends does not leave the pod any more, even without the agent; the agent ends it at once.
     ctx::divert(cx);
     maps::count(reason);
-    let record = FlowRecord { key, socket: ctx::cookie_of_ops(cx), client_netns: netns, ..FlowRecord::default() };
+    let record =
+        FlowRecord { key, socket: ctx::cookie_of_ops(cx), client_netns: netns, ..FlowRecord::default() };
     maps::emit(EVENT_CUT, reason, &record, Figures::default());
 }
 

@@ -3,9 +3,7 @@
 use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_NO_REUSEPORT, programs::SkLookupContext};
 use mesh_ebpf_common::{
     HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT,
-    map::{
-        FLOW_DIRECT, FLOW_SELF, FLOW_TO_AGENT, FlowKey, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT,
-    },
+    map::{FLOW_DIRECT, FLOW_SELF, FLOW_TO_AGENT, FlowKey, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT},
     reason::Reason,
 };
 

@@ -5,18 +5,23 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock},
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, BPF_TCP_LISTEN,
+        bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock,
+    },
     btf_maps::SkStorage,
-    helpers::{bpf_get_prandom_u32, bpf_sk_storage_delete, bpf_sk_storage_get},
+    helpers::{
+        bpf_get_prandom_u32, bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_delete, bpf_sk_storage_get,
+    },
     macros::{btf_map, map},
     maps::{Array, HashMap, PerCpuArray, RingBuf, SockMap},
 };
 use mesh_ebpf_common::{
     event::Event,
     map::{
-        Config, EVENT_BYTES, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, MAX_ADDRESSES, MAX_ENDPOINTS, MAX_FLOWS,
-        MAX_OWN_FLOWS, MAX_PODS, MAX_SERVICES, MAX_VERDICTS, POD_CAPTURE, PodEntry, SLOTS_PER_POD, Service, ServiceKey,
-        SocketState, VerdictEntry, VerdictKey,
+        Config, EVENT_BYTES, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, MAX_ADDRESSES,
+        MAX_ENDPOINTS, MAX_FLOWS, MAX_OWN_FLOWS, MAX_PODS, MAX_SERVICES, MAX_VERDICTS, POD_CAPTURE, PodEntry,
+        SLOTS_PER_POD, Service, ServiceKey, SocketState, VerdictEntry, VerdictKey,
     },
     reason::Reason,
     verdict::World,
@@ -32,14 +37,17 @@ static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
 static SERVICES: HashMap<ServiceKey, Service> = HashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
 #[map]
-static ENDPOINTS: HashMap<EndpointKey, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
+static ENDPOINTS: HashMap<EndpointKey, Endpoint> =
+    HashMap::with_max_entries(MAX_ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map]
-static VERDICTS: HashMap<VerdictKey, VerdictEntry> = HashMap::with_max_entries(MAX_VERDICTS, BPF_F_NO_PREALLOC);
+static VERDICTS: HashMap<VerdictKey, VerdictEntry> =
+    HashMap::with_max_entries(MAX_VERDICTS, BPF_F_NO_PREALLOC);
 /// A plain hash: an evicted flow would hide from a cut by policy.
 #[map]
 pub static FLOWS: HashMap<FlowKey, FlowRecord> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
 #[map]
-pub static OWN_FLOWS: HashMap<FlowKey, FlowRecord> = HashMap::with_max_entries(MAX_OWN_FLOWS, BPF_F_NO_PREALLOC);
+pub static OWN_FLOWS: HashMap<FlowKey, FlowRecord> =
+    HashMap::with_max_entries(MAX_OWN_FLOWS, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: SockMap = SockMap::with_max_entries(MAX_PODS * SLOTS_PER_POD, 0);
 #[map]
@@ -132,6 +140,23 @@ pub fn count(reason: Reason) {
     }
 }
 
+/// True when the agent listens at that slot.
+#[inline(always)]
+pub fn listening(slot: u32) -> bool {
+    // SAFETY: the key is as wide as the map's; what is found is given back below.
+    let found =
+        unsafe { bpf_map_lookup_elem(pointer(&LISTENERS), (&raw const slot).cast()) }.cast::<bpf_sock>();
+    if found.is_null() {
+        return false;
+    }
+    // SAFETY: a socket that the verifier knows.
+    unsafe {
+        let state = (&raw const (*found).state).read_volatile();
+        bpf_sk_release(found.cast());
+        state == BPF_TCP_LISTEN
+    }
+}
+
 /// Tells the agent; without room the loss is counted.
 #[inline(always)]
 pub fn emit(kind: u32, reason: Reason, record: &FlowRecord, figures: Figures) {
@@ -139,7 +164,15 @@ pub fn emit(kind: u32, reason: Reason, record: &FlowRecord, figures: Figures) {
         return count(Reason::EventLost);
     };
     let Figures { sent_bytes, received_bytes, rtt_us, retransmits } = figures;
-    entry.write(Event { kind, reason: reason as u32, record: *record, sent_bytes, received_bytes, rtt_us, retransmits });
+    entry.write(Event {
+        kind,
+        reason: reason as u32,
+        record: *record,
+        sent_bytes,
+        received_bytes,
+        rtt_us,
+        retransmits,
+    });
     entry.submit(0);
 }
 
@@ -167,7 +200,11 @@ pub fn is_ours(sk: Sock) -> bool {
 pub fn state(sk: Sock) -> Option<&'static mut SocketState> {
     // SAFETY: the value lives as long as the socket, which the running hook holds; hooks of one socket run one at a
     // time, under its lock.
-    unsafe { bpf_sk_storage_get(pointer(&SOCKETS), sk.cast(), core::ptr::null_mut(), 0).cast::<SocketState>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get(pointer(&SOCKETS), sk.cast(), core::ptr::null_mut(), 0)
+            .cast::<SocketState>()
+            .as_mut()
+    }
 }
 
 /// The same, made when absent; `None` when the kernel has no memory.
@@ -175,7 +212,11 @@ pub fn state(sk: Sock) -> Option<&'static mut SocketState> {
 pub fn state_or_new(sk: Sock) -> Option<&'static mut SocketState> {
     let flags = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     // SAFETY: as in `state`; a new value is all zero.
-    unsafe { bpf_sk_storage_get(pointer(&SOCKETS), sk.cast(), core::ptr::null_mut(), flags).cast::<SocketState>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get(pointer(&SOCKETS), sk.cast(), core::ptr::null_mut(), flags)
+            .cast::<SocketState>()
+            .as_mut()
+    }
 }
 
 /// Forgets what connect decided for this socket.

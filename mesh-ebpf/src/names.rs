@@ -14,7 +14,8 @@ pub fn peer(cx: &SockAddrContext, family: Family) -> i32 {
     let now = ctx::address(cx, family);
     if let Some(state) = maps::state(ctx::socket_of_address(cx)) {
         let record = &state.record;
-        let translated = record.flags & FLOW_OTHER != 0 && (record.kind == FLOW_DIRECT || record.kind == FLOW_SELF);
+        let translated =
+            record.flags & FLOW_OTHER != 0 && (record.kind == FLOW_DIRECT || record.kind == FLOW_SELF);
         // Only for exactly the peer that the decision was about.
         if translated && record.key.dst == now.ip && record.key.dport == now.port {
             ctx::set_address(cx, family, &record.other);

@@ -41,7 +41,9 @@ impl Maps {
     /// Pod 1 (the caller) and pod 2 are local, one address of each family.
     fn new() -> Self {
         let mut maps = Self::default();
-        for (ip, netns, pod) in [("10.0.0.1", 100, 1), ("fd00::1", 100, 1), ("10.0.0.2", 200, 2), ("fd00::2", 200, 2)] {
+        for (ip, netns, pod) in
+            [("10.0.0.1", 100, 1), ("fd00::1", 100, 1), ("10.0.0.2", 200, 2), ("fd00::2", 200, 2)]
+        {
             let ip: std::net::IpAddr = ip.parse().unwrap();
             maps.local.insert(ip.into(), LocalPod { netns, pod, pad: 0 });
         }
@@ -105,7 +107,9 @@ fn who_is_left_alone() {
 #[test]
 fn a_pod_calls_itself_without_policy_but_never_the_agent() {
     let maps = Maps::new();
-    for host in ["127.0.0.1", "127.8.8.8", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "10.0.0.1", "[fd00::1]"] {
+    for host in
+        ["127.0.0.1", "127.8.8.8", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]", "10.0.0.1", "[fd00::1]"]
+    {
         assert_eq!(maps.way(&format!("{host}:80")), MYSELF, "{host}");
         for port in [15001, 15006, 15008] {
             assert_eq!(maps.way(&format!("{host}:{port}")), ILLEGAL, "{host}:{port}");
@@ -164,14 +168,20 @@ fn a_service_is_translated_only_where_it_is_direct_or_oneself() {
     assert_eq!((verdict.way, verdict.to, verdict.translated()), (Way::Direct, target("10.0.0.2:8080"), true));
     assert_eq!(verdict.local, LocalPod { netns: 200, pod: 2, pad: 0 });
     let verdict = maps().service("10.96.0.1:80", 0, &[("10.0.0.1:8080", 1)]).decide("10.96.0.1:80");
-    assert_eq!((verdict.way, verdict.to, verdict.translated()), (Way::SelfCall, target("10.0.0.1:8080"), true));
+    assert_eq!(
+        (verdict.way, verdict.to, verdict.translated()),
+        (Way::SelfCall, target("10.0.0.1:8080"), true)
+    );
     // Not local: the agent gets the address as dialled, and the choice.
     let verdict = maps().service("10.96.0.1:80", 0, &[("10.9.9.9:8080", 1)]).decide("10.96.0.1:80");
     assert_eq!((verdict.way, verdict.to, verdict.translated()), (Way::Agent, target("10.96.0.1:80"), false));
     assert_eq!(verdict.choice, target("10.9.9.9:8080"));
     // Another family cannot be had on this socket.
     let verdict = maps().service("10.96.0.1:80", 0, &[("[fd00::2]:8080", 1)]).decide("10.96.0.1:80");
-    assert_eq!((verdict.way, verdict.to, verdict.choice), (Way::Agent, target("10.96.0.1:80"), target("[fd00::2]:8080")));
+    assert_eq!(
+        (verdict.way, verdict.to, verdict.choice),
+        (Way::Agent, target("10.96.0.1:80"), target("[fd00::2]:8080"))
+    );
     // A waypoint, no endpoints, a list that is being replaced: the agent.
     for maps in [
         maps().service("10.96.0.1:80", SERVICE_AGENT, &[("10.0.0.2:8080", 1)]),
@@ -232,9 +242,16 @@ fn every_combination_of_facts_is_decided_as_the_rules_say() {
                     for no_direct in [false, true] {
                         let maps = verdict.map_or_else(Maps::new, |verdict| Maps::new().verdict(0, verdict));
                         let caller = Caller { config: u32::from(no_direct), ..ME };
-                        let to = Target::new(dst.parse::<std::net::IpAddr>().unwrap().into(), PortBe::from_host(port));
+                        let to = Target::new(
+                            dst.parse::<std::net::IpAddr>().unwrap().into(),
+                            PortBe::from_host(port),
+                        );
                         let got = decide(&Call { to, transport: Transport::Tcp, own }, &caller, &maps).way;
-                        assert_eq!(got, naive(dst, port, own, verdict, no_direct), "{dst}:{port} {own} {verdict:?} {no_direct}");
+                        assert_eq!(
+                            got,
+                            naive(dst, port, own, verdict, no_direct),
+                            "{dst}:{port} {own} {verdict:?} {no_direct}"
+                        );
                     }
                 }
             }

@@ -1,6 +1,6 @@
 //! What the programs tell, from the ring buffer to a value per event.
 
-use std::{io, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use aya::maps::{MapData, RingBuf};
 use mesh_ebpf_common::{
@@ -63,6 +63,13 @@ fn read(bytes: &[u8]) -> Option<Event> {
 }
 
 impl Inner {
+    /// It may have ended by itself.
+    fn end(&self, netns: u64, local: SocketAddr, remote: SocketAddr, cookie: u64) {
+        if let Some(diag) = self.pods.lock().get(&netns) {
+            let _ = diag.end(local, remote, cookie);
+        }
+    }
+
     fn tell(&self, event: &Event) -> Option<KernelEvent> {
         let record = &event.record;
         let reason = Reason::from_number(event.reason)?;
@@ -75,13 +82,17 @@ impl Inner {
                 rtt_us: event.rtt_us,
                 retransmits: event.retransmits,
             }),
-            EVENT_REFUSED => Some(refused(reason, record)),
+            EVENT_REFUSED => {
+                let (src, dst) = ends(record);
+                // Refused after connect(2) had let it go on: it would only time out.
+                if record.socket != 0 {
+                    self.end(record.client_netns, src, dst, record.socket);
+                }
+                Some(refused(reason, record))
+            }
             EVENT_CUT => {
                 let (src, dst) = ends(record);
-                if let Some(diag) = self.pods.lock().get(&record.key.netns) {
-                    // It may have ended by itself: what it sends is answered by a reset.
-                    let _ = diag.end(dst, src, record.socket);
-                }
+                self.end(record.key.netns, dst, src, record.socket);
                 Some(KernelEvent::Cut { reason, netns: record.key.netns, src, dst })
             }
             _ => None,
@@ -102,7 +113,7 @@ fn refused(reason: Reason, record: &FlowRecord) -> KernelEvent {
     }
 }
 
-fn ends(record: &FlowRecord) -> (std::net::SocketAddr, std::net::SocketAddr) {
+fn ends(record: &FlowRecord) -> (SocketAddr, SocketAddr) {
     let key = &record.key;
     (Target::new(key.src, key.sport).to_socket(), Target::new(key.dst, key.dport).to_socket())
 }

@@ -80,7 +80,8 @@ fn services(world: &Snapshot, node: &str) -> BTreeMap<SocketAddr, ServiceState> 
             // Whose service it is depends on who asks: the kernel does not know namespaces.
             let clear = owners.len() == 1 && service.visibility == Visibility::Public;
             for port in &service.ports {
-                let state = if clear { choice(world, service, port.port, node, vip) } else { ServiceState::Agent };
+                let state =
+                    if clear { choice(world, service, port.port, node, vip) } else { ServiceState::Agent };
                 states.insert(SocketAddr::new(vip, port.port), state);
             }
         }
@@ -93,7 +94,9 @@ fn choice(world: &Snapshot, service: &Service, port: u16, node: &str, vip: IpAdd
         return ServiceState::Agent;
     }
     let candidates = balance::candidates(world, service, port, node, vip);
-    ServiceState::Endpoints(candidates.into_iter().map(|candidate| (candidate.target, candidate.weight)).collect())
+    ServiceState::Endpoints(
+        candidates.into_iter().map(|candidate| (candidate.target, candidate.weight)).collect(),
+    )
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ use std::{
 
 use mesh_ebpf_common::{
     map::{
-        FLOW_DIRECT, LocalPod, MAX_PODS, POD_CAPTURE, PodEntry, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT, SLOTS_PER_POD,
+        FLOW_DIRECT, LocalPod, MAX_PODS, POD_CAPTURE, PodEntry, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT,
+        SLOTS_PER_POD,
     },
     wire::Ip,
 };
@@ -38,7 +39,8 @@ pub fn end(served: &Served, flow: &DirectFlow) -> Result<bool, KernelError> {
     ];
     for (netns, local, remote, cookie) in ends {
         let (Some(diag), Some(cookie)) = (served.get(&netns), cookie) else { continue };
-        ended |= diag.end(local, remote, cookie).map_err(KernelError::io(format!("end {local} - {remote}")))?;
+        ended |=
+            diag.end(local, remote, cookie).map_err(KernelError::io(format!("end {local} - {remote}")))?;
     }
     Ok(ended)
 }
@@ -134,12 +136,7 @@ impl Inner {
         self.forget(pod, how, &mut served)
     }
 
-    fn forget(
-        &self,
-        pod: PodSlot,
-        how: Release,
-        served: &mut Served,
-    ) -> Result<(), KernelError> {
+    fn forget(&self, pod: PodSlot, how: Release, served: &mut Served) -> Result<(), KernelError> {
         let Some(entry) = self.maps.pods.get(&pod.netns)?.filter(|entry| entry.id == pod.id) else {
             return Ok(());
         };
@@ -168,12 +165,7 @@ impl Inner {
     }
 
     /// Records must not outlive the address of a pod that is gone; those of one that leaves end with their sockets.
-    fn end_flows(
-        &self,
-        netns: u64,
-        how: Release,
-        served: &Served,
-    ) -> Result<(), KernelError> {
+    fn end_flows(&self, netns: u64, how: Release, served: &Served) -> Result<(), KernelError> {
         if how == Release::Leave {
             return Ok(());
         }

@@ -107,7 +107,12 @@ impl Inner {
     }
 
     /// Ends the direct flows that `want` does not permit. Flows of pods that have left go on.
-    fn sweep(&self, want: &KernelState, no_direct: bool, served: &Served) -> Result<Vec<DirectFlow>, KernelError> {
+    fn sweep(
+        &self,
+        want: &KernelState,
+        no_direct: bool,
+        served: &Served,
+    ) -> Result<Vec<DirectFlow>, KernelError> {
         let mut cut = Vec::new();
         let enrolled = |netns| self.maps.pods.get(&netns).map(|pod| pod.is_some());
         for (_, record) in self.maps.flows.entries()? {

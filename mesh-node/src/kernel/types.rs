@@ -364,6 +364,7 @@ pub fn flag_of(reason: Reason) -> Flag {
         Reason::IllegalSource | Reason::OpenedForged => Flag::IllegalSource,
         Reason::StaleGeneration | Reason::OpenedStale | Reason::LookupStale => Flag::StaleGeneration,
         Reason::MapFull => Flag::MapFull,
+        Reason::AgentAbsent => Flag::Drain,
         Reason::Undecided
         | Reason::DestinationChanged
         | Reason::OpenedUnrecorded

@@ -24,7 +24,8 @@ use mesh_ebpf_common::{
     wire::Target,
 };
 use mesh_node::kernel::{
-    CleanWhat, Flow, Kernel, KernelConfig, KernelState, PairVerdict, PodIdentity, PodListeners, PodSlot, ProbeReport, clean,
+    CleanWhat, Flow, Kernel, KernelConfig, KernelState, PairVerdict, PodIdentity, PodListeners, PodSlot,
+    ProbeReport, clean,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -294,7 +295,14 @@ impl Bed {
     }
 
     /// Puts a record into the kernel as no program would have written it.
-    pub fn plant(&self, agent: &Agent, netns: u64, src: SocketAddr, dst: SocketAddr, record: FlowRecord) -> FlowKey {
+    pub fn plant(
+        &self,
+        agent: &Agent,
+        netns: u64,
+        src: SocketAddr,
+        dst: SocketAddr,
+        record: FlowRecord,
+    ) -> FlowKey {
         let (src, dst) = (Target::from(src), Target::from(dst));
         let key = FlowKey { netns, src: src.ip, dst: dst.ip, sport: src.port, dport: dst.port, pad: 0 };
         flows(agent).insert(key, FlowRecord { key, ..record }, 0).unwrap();
@@ -326,8 +334,10 @@ impl Bed {
     /// Opens the listeners of a pod, enrols it and relays what arrives there.
     pub fn enrol(&self, agent: &mut Agent, pod: &Pod) -> PodSlot {
         let open = |port, six| within(&pod.netns, move || listener(port, six, true));
-        let doors: Vec<TcpListener> =
-            [15001, 15006, 15008].into_iter().flat_map(|port| [open(port, false), open(port, true)]).collect();
+        let doors: Vec<TcpListener> = [15001, 15006, 15008]
+            .into_iter()
+            .flat_map(|port| [open(port, false), open(port, true)])
+            .collect();
         let [o4, o6, p4, p6, h4, h6] = &doors[..] else { unreachable!("six listeners") };
         let listeners = PodListeners {
             outbound_v4: o4,
@@ -344,7 +354,12 @@ impl Bed {
         };
         let slot = agent.kernel.enrol(&identity, &listeners).unwrap_or_else(|error| panic!("enrol: {error}"));
         for (listener, door) in doors.into_iter().zip([
-            Door::Outbound, Door::Outbound, Door::Plaintext, Door::Plaintext, Door::Hbone, Door::Hbone,
+            Door::Outbound,
+            Door::Outbound,
+            Door::Plaintext,
+            Door::Plaintext,
+            Door::Hbone,
+            Door::Hbone,
         ]) {
             agent.listeners.push(listener.try_clone().unwrap());
             let relay = Relay {
@@ -396,7 +411,8 @@ impl Drop for Server {
 }
 
 fn serve(listener: TcpListener) -> Server {
-    let server = Server { listener: listener.try_clone().unwrap(), stop: Arc::default(), accepted: Arc::default() };
+    let server =
+        Server { listener: listener.try_clone().unwrap(), stop: Arc::default(), accepted: Arc::default() };
     let (stop, accepted) = (server.stop.clone(), server.accepted.clone());
     thread::spawn(move || {
         while let Ok((mut stream, peer)) = listener.accept() {
@@ -421,7 +437,9 @@ fn serve(listener: TcpListener) -> Server {
 
 /// A listener of the agent.
 pub fn listener(port: u16, six: bool, transparent: bool) -> TcpListener {
-    let socket = Socket::new(if six { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(Protocol::TCP)).unwrap();
+    let socket =
+        Socket::new(if six { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(Protocol::TCP))
+            .unwrap();
     if six {
         socket.set_only_v6(true).unwrap();
     }
@@ -464,7 +482,9 @@ impl Relay {
                 // A tunnel is not what this test is about; an outbound connection without a record is refused.
                 _ => continue,
             };
-            let Some(server) = self.dial(target, (self.door == Door::Plaintext).then_some(peer.ip())) else { continue };
+            let Some(server) = self.dial(target, (self.door == Door::Plaintext).then_some(peer.ip())) else {
+                continue;
+            };
             let (c, s) = (client.try_clone().unwrap(), server.try_clone().unwrap());
             thread::spawn(move || pump(client, server));
             thread::spawn(move || pump(s, c));

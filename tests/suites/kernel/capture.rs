@@ -94,8 +94,13 @@ fn a_pod_reaches_itself_and_never_the_agent() {
     let server = bed.serve(&a, 8080);
     let mapped = Ipv4Addr::LOCALHOST.to_ipv6_mapped().into();
     let selves: [IpAddr; 7] = [
-        Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), Ipv4Addr::UNSPECIFIED.into(),
-        Ipv6Addr::UNSPECIFIED.into(), mapped, a.v4, a.v6,
+        Ipv4Addr::LOCALHOST.into(),
+        Ipv6Addr::LOCALHOST.into(),
+        Ipv4Addr::UNSPECIFIED.into(),
+        Ipv6Addr::UNSPECIFIED.into(),
+        mapped,
+        a.v4,
+        a.v6,
     ];
     for ip in selves {
         a.greeted(SocketAddr::new(ip, 8080)).unwrap_or_else(|error| panic!("{ip}: {error}"));
@@ -126,7 +131,9 @@ fn arrivals_without_a_record_meet_the_agent() {
             assert!(out.dial(SocketAddr::new(a.ip(six), port)).is_err(), "{port}");
         }
         out.dial(SocketAddr::new(a.ip(six), 15008)).unwrap();
-        until("the tunnel", || agent.seen(Door::Hbone).last().is_some_and(|seen| seen.peer.ip() == out.ip(six)));
+        until("the tunnel", || {
+            agent.seen(Door::Hbone).last().is_some_and(|seen| seen.peer.ip() == out.ip(six))
+        });
     }
     assert_eq!(server.accepted().len(), 2);
     assert!(agent.seen(Door::Outbound).is_empty(), "no open relay");

@@ -67,7 +67,12 @@ fn a_forbidden_pair_fails_at_connect_and_is_told() {
     assert!(server.accepted().is_empty());
 }
 
-fn service(agent: &Agent, vip: &str, endpoints: &[(SocketAddr, u32)], verdicts: &[(PodSlot, PodSlot, PairVerdict)]) {
+fn service(
+    agent: &Agent,
+    vip: &str,
+    endpoints: &[(SocketAddr, u32)],
+    verdicts: &[(PodSlot, PodSlot, PairVerdict)],
+) {
     let verdicts = verdicts.iter().map(|(src, dst, verdict)| ((src.id, dst.id, 0), *verdict)).collect();
     let services = BTreeMap::from([(vip.parse().unwrap(), ServiceState::Endpoints(endpoints.to_vec()))]);
     agent.kernel.sync(&KernelState { services, verdicts, no_direct: false }).unwrap();
@@ -149,7 +154,10 @@ fn a_taken_permission_cuts_live_flows_and_refuses_what_was_under_way() {
         assert_eq!(report.cut.len(), 1);
         assert!(report.generation > before);
         let error = stream.read(&mut [0]).unwrap_err();
-        assert!(matches!(error.kind(), std::io::ErrorKind::ConnectionAborted | std::io::ErrorKind::ConnectionReset));
+        assert!(matches!(
+            error.kind(),
+            std::io::ErrorKind::ConnectionAborted | std::io::ErrorKind::ConnectionReset
+        ));
         until("the record to go", || agent.kernel.direct_flows().unwrap().is_empty());
         assert!(a.dial(SocketAddr::new(b.ip(six), 8080)).is_err());
     }
@@ -164,7 +172,8 @@ fn a_taken_permission_cuts_live_flows_and_refuses_what_was_under_way() {
     stream.read_exact(&mut [0]).unwrap();
     // No direct path any more.
     let verdicts = [((sa.id, sb.id, 0), ALLOW)].into();
-    let report = agent.kernel.sync(&KernelState { verdicts, no_direct: true, ..KernelState::default() }).unwrap();
+    let report =
+        agent.kernel.sync(&KernelState { verdicts, no_direct: true, ..KernelState::default() }).unwrap();
     assert_eq!(report.cut.len(), 1);
     let (stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
     assert_eq!(agent.seen(Door::Outbound).pop().unwrap().peer, stream.local_addr().unwrap());

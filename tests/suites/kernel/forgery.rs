@@ -91,7 +91,8 @@ fn a_packet_that_is_looped_back_by_the_mark_reaches_nobody() {
         // A raw socket runs no connect hook of TCP; the mark leads its SYN to the pod's own loopback.
         let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).unwrap();
         raw.set_mark(CAPTURE_MARK).unwrap();
-        raw.send_to(&syn(&a.v4.to_string(), &b.v4.to_string(), 8080), &SocketAddr::new(b.v4, 0).into()).unwrap();
+        raw.send_to(&syn(&a.v4.to_string(), &b.v4.to_string(), 8080), &SocketAddr::new(b.v4, 0).into())
+            .unwrap();
     });
     crate::bed::until("the packet to be dropped", || agent.count(Reason::LookupNoRecord) > 0);
     assert!(own.accepted().is_empty());
@@ -133,7 +134,9 @@ fn a_spoofed_syn_has_no_identity() {
         packet.extend(segment);
         raw.send_to(&packet, &SocketAddr::new(b.v4, 0).into()).unwrap();
     });
-    crate::bed::until("the SYN to meet the agent's plaintext listener", || agent.count(Reason::LookupPlaintext) > plain);
+    crate::bed::until("the SYN to meet the agent's plaintext listener", || {
+        agent.count(Reason::LookupPlaintext) > plain
+    });
     assert!(server.accepted().is_empty());
     // The pod itself still gets through.
     a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();

@@ -21,7 +21,10 @@ fn a_start_reports_what_it_found_and_a_second_agent_of_the_node_is_refused() {
     assert!(report.features.iter().all(|feature| feature.found), "{report:?}");
     assert!(report.has(SOCK_DESTROY) && !report.reused && report.cgroup.is_dir());
     assert!(matches!(Kernel::open(&bed.config()), Err(KernelError::Busy { .. })));
-    assert!(matches!(clean(Path::new("/sys/fs/bpf"), CleanWhat::Node(&bed.node)), Err(KernelError::Busy { .. })));
+    assert!(matches!(
+        clean(Path::new("/sys/fs/bpf"), CleanWhat::Node(&bed.node)),
+        Err(KernelError::Busy { .. })
+    ));
 }
 
 #[test]
@@ -61,7 +64,10 @@ fn a_dead_agent_leaves_direct_flows_alone_and_refuses_the_rest() {
         // To the agent, and arrivals: refused, and at once.
         let refused = |result: std::io::Result<_>| result.map(drop).unwrap_err().kind();
         assert_eq!(refused(a.dial(SocketAddr::new(out.ip(six), 8081))), std::io::ErrorKind::PermissionDenied);
-        assert_eq!(refused(out.dial(SocketAddr::new(b.ip(six), 8080))), std::io::ErrorKind::ConnectionRefused);
+        assert_eq!(
+            refused(out.dial(SocketAddr::new(b.ip(six), 8080))),
+            std::io::ErrorKind::ConnectionRefused
+        );
     }
     assert!(outside.accepted().is_empty());
 
@@ -69,7 +75,9 @@ fn a_dead_agent_leaves_direct_flows_alone_and_refuses_the_rest() {
     let (kernel, report) = bed.reopen();
     assert!(report.reused);
     let held = kernel.pods().unwrap();
-    assert!(held.iter().any(|pod| pod.uid == a.uid && pod.slot == sa && pod.ips.contains(&a.v6) && !pod.served));
+    assert!(
+        held.iter().any(|pod| pod.uid == a.uid && pod.slot == sa && pod.ips.contains(&a.v6) && !pod.served)
+    );
     assert_eq!(kernel.direct_flows().unwrap().len(), 1);
     assert!(kernel.counters().unwrap().get(Reason::Direct) >= 3);
     let mut agent = bed.agent_of(kernel);
@@ -143,7 +151,10 @@ fn a_reused_address_carries_no_old_permission() {
         a.greeted(SocketAddr::new(c.ip(six), 8080)).unwrap();
     }
     // Through the agent, which asks the policies for the new pod.
-    assert_eq!((agent.count(Reason::Direct), agent.seen(Door::Outbound).len(), server.accepted().len()), (0, 2, 2));
+    assert_eq!(
+        (agent.count(Reason::Direct), agent.seen(Door::Outbound).len(), server.accepted().len()),
+        (0, 2, 2)
+    );
 }
 
 #[test]

@@ -91,15 +91,13 @@ fn workload(number: u8, account: &str, waypoint: bool, policies: &[PolicyKey]) -
         uid: WorkloadKey(format!("Kubernetes//Pod/shop/p{number}").into()),
         name: format!("p{number}").into(),
         namespace: "shop".into(),
-        addresses: vec![
-            IpAddr::from([10, 1, 0, number]),
-            format!("fd01::{number}").parse().unwrap(),
-        ],
+        addresses: vec![IpAddr::from([10, 1, 0, number]), format!("fd01::{number}").parse().unwrap()],
         network: "".into(),
         tunnel: TunnelProtocol::Hbone,
         trust_domain: "cluster.local".into(),
         service_account: account.into(),
-        waypoint: waypoint.then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
+        waypoint: waypoint
+            .then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
         node: "n1".into(),
         canonical_name: "".into(),
         canonical_revision: "".into(),
@@ -122,7 +120,8 @@ fn service(waypoint: bool) -> Service {
         vips: vec![IpAddr::from([10, 96, 0, 1]), "fd96::1".parse().unwrap()],
         ports: vec![ServicePort { port: 80, target: 8080 }],
         subject_alt_names: Vec::new(),
-        waypoint: waypoint.then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
+        waypoint: waypoint
+            .then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
         load_balancing: LoadBalancing::All,
         allow_unhealthy: false,
         canonical: true,
@@ -133,9 +132,13 @@ fn service(waypoint: bool) -> Service {
 fn arbitrary_match() -> impl Strategy<Value = Match> {
     let accounts = prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 0..2);
     let ports = || prop::collection::vec(prop::sample::select(vec![80_u16, 8080, 9090, 15008]), 0..2);
-    let sources = prop::collection::vec(prop::sample::select(vec!["10.1.0.0/31", "10.1.0.0/16", "fd01::/64"]), 0..2);
+    let sources =
+        prop::collection::vec(prop::sample::select(vec!["10.1.0.0/31", "10.1.0.0/16", "fd01::/64"]), 0..2);
     (accounts, ports(), ports(), sources).prop_map(|(accounts, ports, not_ports, sources)| Match {
-        principals: accounts.iter().map(|a| StringMatch::Exact(format!("cluster.local/ns/shop/sa/{a}").into())).collect(),
+        principals: accounts
+            .iter()
+            .map(|a| StringMatch::Exact(format!("cluster.local/ns/shop/sa/{a}").into()))
+            .collect(),
         destination_ports: ports,
         not_destination_ports: not_ports,
         source_ips: sources.iter().map(|net| net.parse().unwrap()).collect(),
@@ -147,15 +150,19 @@ fn arbitrary_policy(number: usize) -> impl Strategy<Value = Policy> {
     let scope = prop::sample::select(vec![Scope::Global, Scope::Namespace, Scope::WorkloadSelector]);
     let clauses = prop::collection::vec(prop::collection::vec(arbitrary_match(), 0..3), 0..3);
     let rules = prop::collection::vec(clauses, 0..3);
-    (scope, any::<bool>(), rules, prop::bool::weighted(0.1)).prop_map(move |(scope, deny, rules, dry_run)| Policy {
-        key: PolicyKey::new("shop", &format!("policy{number}")),
-        scope,
-        action: if deny { Action::Deny } else { Action::Allow },
-        rules: rules
-            .into_iter()
-            .map(|clauses| Rule { clauses: clauses.into_iter().map(|matches| Clause { matches }).collect() })
-            .collect(),
-        dry_run,
+    (scope, any::<bool>(), rules, prop::bool::weighted(0.1)).prop_map(move |(scope, deny, rules, dry_run)| {
+        Policy {
+            key: PolicyKey::new("shop", &format!("policy{number}")),
+            scope,
+            action: if deny { Action::Deny } else { Action::Allow },
+            rules: rules
+                .into_iter()
+                .map(|clauses| Rule {
+                    clauses: clauses.into_iter().map(|matches| Clause { matches }).collect(),
+                })
+                .collect(),
+            dry_run,
+        }
     })
 }
 
@@ -186,8 +193,12 @@ fn arbitrary_case() -> impl Strategy<Value = Case> {
 }
 
 fn check(case: &Case) -> Result<(), TestCaseError> {
-    let mut bound: Vec<PolicyKey> =
-        case.policies.iter().filter(|policy| policy.scope == Scope::WorkloadSelector).map(|p| p.key.clone()).collect();
+    let mut bound: Vec<PolicyKey> = case
+        .policies
+        .iter()
+        .filter(|policy| policy.scope == Scope::WorkloadSelector)
+        .map(|p| p.key.clone())
+        .collect();
     if case.missing {
         bound.push(PolicyKey::new("shop", "not-yet-received"));
     }
@@ -200,10 +211,8 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
         .collect();
     let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
     let changes = changes.chain(case.policies.iter().map(|policy| Change::Policy(Arc::new(policy.clone()))));
-    let changes = changes.chain([
-        Change::Service(Arc::new(service(case.waypoints.1))),
-        Change::Options(case.options.clone()),
-    ]);
+    let changes = changes
+        .chain([Change::Service(Arc::new(service(case.waypoints.1))), Change::Options(case.options.clone())]);
     let world = Snapshot::default().with(changes);
     let state = lower(&world, "n1", &pods);
     let maps = Maps::of(&state, &pods, case.chance);
@@ -271,7 +280,8 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
         let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
         let changes = changes.chain(policies.into_iter().map(|policy| Change::Policy(Arc::new(policy))));
         let options = MeshOptions { encrypt_same_node, ..MeshOptions::default() };
-        let changes = changes.chain([Change::Service(Arc::new(service(waypoints.1))), Change::Options(options)]);
+        let changes =
+            changes.chain([Change::Service(Arc::new(service(waypoints.1))), Change::Options(options)]);
         let state = lower(&Snapshot::default().with(changes), "n1", &pods);
         let maps = Maps::of(&state, &pods, u32::MAX);
         let config = if state.no_direct { CONFIG_NO_DIRECT } else { 0 };
@@ -287,7 +297,9 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
         scope: Scope::Namespace,
         action: Action::Deny,
         rules: vec![Rule {
-            clauses: vec![Clause { matches: vec![Match { destination_ports: vec![port], ..Match::default() }] }],
+            clauses: vec![Clause {
+                matches: vec![Match { destination_ports: vec![port], ..Match::default() }],
+            }],
         }],
         dry_run: false,
     };
