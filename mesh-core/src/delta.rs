@@ -43,6 +43,15 @@ pub struct Rejected {
 }
 
 impl Change {
+    /// Whether [`removed`] under this name would find it again; a slash too many in a part makes it ambiguous.
+    fn is_removable(&self, name: &str) -> bool {
+        match self {
+            Self::Service(_) => ServiceKey::parse(name).is_some(),
+            Self::Policy(_) | Self::InvalidPolicy(_) | Self::Waypoint(_) => PolicyKey::parse(name).is_some(),
+            Self::Workload(_) | Self::Options(_) | Self::Removed { .. } => true,
+        }
+    }
+
     /// Type and resource name of what changes.
     pub fn resource(&self) -> (&'static str, String) {
         match self {
@@ -76,6 +85,9 @@ pub fn prepare(type_url: &str, resource: &proto::discovery::Resource) -> Result<
     if own != resource.name {
         return Err(rejected(Malformed::new("name", format!("the resource calls itself {own:?}"))));
     }
+    if !change.is_removable(&own) {
+        return Err(rejected(Malformed::new("name", format!("{own:?} is not namespace and name"))));
+    }
     Ok(change)
 }
 
@@ -95,5 +107,39 @@ impl AddressName {
     pub(crate) fn candidates(name: &str) -> impl Iterator<Item = Self> {
         let service = ServiceKey::parse(name).map(Self::Service);
         [Some(Self::Workload(WorkloadKey(name.into()))), service].into_iter().flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::proto::{TYPE_ADDRESS, TYPE_AUTHORIZATION, discovery::Resource, security, workload};
+
+    fn prepared(type_url: &str, name: &str, value: Vec<u8>) -> Result<Change, Rejected> {
+        let any = prost_types::Any { type_url: type_url.to_owned(), value };
+        prepare(type_url, &Resource { name: name.to_owned(), resource: Some(any), ..Resource::default() })
+    }
+
+    #[test]
+    fn what_could_never_be_removed_is_refused() {
+        for (hostname, fits) in [("web.shop.svc", true), ("we/b.shop.svc", false)] {
+            let service = workload::Service {
+                namespace: "shop".into(),
+                hostname: hostname.into(),
+                ..Default::default()
+            };
+            let kind = workload::address::Type::Service(service.into());
+            let bytes = workload::Address { r#type: Some(kind) }.encode_to_vec();
+            let got = prepared(TYPE_ADDRESS, &format!("shop/{hostname}"), bytes);
+            assert_eq!(got.is_ok(), fits, "{hostname}: {got:?}");
+        }
+        for (name, fits) in [("p", true), ("p/q", false)] {
+            let policy =
+                security::Authorization { namespace: "shop".into(), name: name.into(), ..Default::default() };
+            let got = prepared(TYPE_AUTHORIZATION, &format!("shop/{name}"), policy.encode_to_vec());
+            assert_eq!(got.is_ok(), fits, "{name}: {got:?}");
+        }
     }
 }
