@@ -14,7 +14,7 @@ use prometheus_client::{
         EncodeLabelKey, EncodeLabelSet, EncodeLabelValue, LabelSetEncoder, LabelValueEncoder, text::encode,
     },
     metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
+    registry::{Metric, Registry},
 };
 
 pub use self::log::{LogControl, LogFormat, init_tracing};
@@ -216,6 +216,13 @@ impl EncodeLabelSet for TcpLabels {
     }
 }
 
+/// A new metric that `registry` exports.
+fn registered<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
 type OneLabel = [(&'static str, String); 1];
 
 /// Everything that is exported.
@@ -253,39 +260,18 @@ impl Metrics {
         let mut registry = Registry::default();
         let istio = registry.sub_registry_with_prefix("istio");
         // The encoder appends `_total` to counters by itself.
-        macro_rules! register {
-            ($($name:literal $help:literal;)*) => {
-                ($({
-                    let metric = Default::default();
-                    istio.register($name, $help, Clone::clone(&metric));
-                    metric
-                },)*)
-            };
-        }
-        let (opened, closed, received_bytes, sent_bytes, failed): (
-            Family<TcpLabels, Counter>,
-            Family<TcpLabels, Counter>,
-            Family<TcpLabels, Counter>,
-            Family<TcpLabels, Counter>,
-            Family<TcpLabels, Counter>,
-        ) = register! {
-            "tcp_connections_opened" "TCP connections opened";
-            "tcp_connections_closed" "TCP connections closed";
-            "tcp_received_bytes" "Bytes from client to server";
-            "tcp_sent_bytes" "Bytes from server to client";
-            "tcp_connections_failed" "TCP connections that were refused or failed";
-        };
-        let sockets = Family::<[(&'static str, &'static str); 1], Gauge>::default();
-        istio.register("tcp_sockets_open", "Connections that are open now", sockets.clone());
-        let (terminations, messages, message_bytes): (
-            Family<OneLabel, Counter>,
-            Family<OneLabel, Counter>,
-            Family<OneLabel, Counter>,
-        ) = register! {
-            "xds_connection_terminations" "Streams to the control plane that ended";
-            "xds_message" "Messages from the control plane";
-            "xds_message_bytes" "Bytes of messages from the control plane";
-        };
+        let opened = registered(istio, "tcp_connections_opened", "TCP connections opened");
+        let closed = registered(istio, "tcp_connections_closed", "TCP connections closed");
+        let received_bytes = registered(istio, "tcp_received_bytes", "Bytes from client to server");
+        let sent_bytes = registered(istio, "tcp_sent_bytes", "Bytes from server to client");
+        let failed =
+            registered(istio, "tcp_connections_failed", "TCP connections that were refused or failed");
+        let sockets = registered(istio, "tcp_sockets_open", "Connections that are open now");
+        let terminations =
+            registered(istio, "xds_connection_terminations", "Streams to the control plane that ended");
+        let messages = registered(istio, "xds_message", "Messages from the control plane");
+        let message_bytes =
+            registered(istio, "xds_message_bytes", "Bytes of messages from the control plane");
         let build = Family::<[(&'static str, String); 2], Gauge>::default();
         build.get_or_create(&[("component", component.to_owned()), ("tag", version.to_owned())]).set(1);
         istio.register("build", "Build of this process", build);

@@ -268,7 +268,8 @@ async fn a_reconnect_tells_what_is_held() {
 async fn what_cannot_be_put_in_force_is_not_acknowledged() {
     let mut w = world().await;
     let mut stream = w.stream().await;
-    (stream.heard().await, stream.heard().await);
+    stream.heard().await;
+    stream.heard().await;
     w.applying.broken.store(true, Ordering::SeqCst);
     stream.say("n1", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1")], &[]).await;
     let message = stream.heard().await.error_detail.unwrap().message;
