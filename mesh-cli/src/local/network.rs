@@ -76,7 +76,8 @@ pub fn within<T: Send>(
     })
 }
 
-/// Sets up what every namespace of a mesh has, then runs `script` through `ip -batch`.
+/// Writes settings, then runs `script` through `ip -batch`. Settings that new devices inherit have to be there before
+/// the devices are: a device that waits for duplicate addresses is deaf to IPv6 for its first second.
 ///
 /// # Errors
 /// When the namespace cannot be entered, or `ip` refuses a line.
@@ -84,6 +85,9 @@ pub fn batch(netns: &Path, sysctls: &[(&'static str, &str)], script: &str) -> Re
     within(netns, || {
         for (path, value) in sysctls {
             fs::write(path, value).map_err(|source| NetworkError::Sysctl { path, source })?;
+        }
+        if script.is_empty() {
+            return Ok(());
         }
         let mut child = Command::new("ip")
             .args(["-batch", "-"])

@@ -127,9 +127,10 @@ impl Node {
         // vanish with the node, whatever ends it.
         let holder =
             Holder::start(&Holding { group: &group, hostname: Some(name), binds: Vec::new(), bpffs: true })?;
-        network::batch(&netns(fabric), &[], &network::plug_node(net, holder.pid()))?;
         let settings = [network::QUIET, network::FORWARD].concat();
-        network::batch(&netns(holder.pid()), &settings, &network::node(net))?;
+        network::batch(&netns(holder.pid()), &settings, "")?;
+        network::batch(&netns(fabric), &[], &network::plug_node(net, holder.pid()))?;
+        network::batch(&netns(holder.pid()), &[], &network::node(net))?;
         let table = dir.join("services").join("table.json");
         write_table(&table, &ForwardTable::default())?;
         let agent = {

@@ -267,8 +267,9 @@ impl Life {
         // The kernel's limit; Kubernetes cuts longer names as well.
         let hostname = hostname.get(..63).unwrap_or(hostname);
         let holder = Holder::start(&Holding { group, hostname: Some(hostname), binds, bpffs: false })?;
+        network::batch(&netns(holder.pid()), network::QUIET, "")?;
         network::batch(&netns(node.holder), &[], &network::plug_pod(*index, holder.pid()))?;
-        network::batch(&netns(holder.pid()), network::QUIET, &network::pod(*net, *index))?;
+        network::batch(&netns(holder.pid()), &[], &network::pod(*net, *index))?;
         Ok(Body {
             holder,
             hosts: desired.hosts.clone(),

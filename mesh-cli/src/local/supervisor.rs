@@ -44,6 +44,9 @@ const RESCAN: Duration = Duration::from_secs(2);
 /// Pods that are replaced wait this long for their successors.
 const REPLACE: Duration = Duration::from_secs(30);
 
+/// The control plane has made its root certificate within this.
+const ROOTS: Duration = Duration::from_secs(3);
+
 /// What wakes the supervisor.
 #[derive(Debug)]
 pub enum Event {
@@ -107,6 +110,7 @@ impl Supervisor {
         let changed = notifier(&events);
         let command = control_command(&ground);
         let control = Keeper::start(ground.daemon("control", fabric.pid(), command), move || changed());
+        await_roots(&ground.layout.roots());
         Ok(Self {
             ground,
             events,
@@ -517,6 +521,15 @@ fn write_objects(dir: &Path, before: &Rendered, after: &Rendered) -> anyhow::Res
         let _ = fs::remove_file(dir.join(path));
     }
     Ok(())
+}
+
+/// Agents refuse to start without the root certificates, which the control plane makes when it first starts. One
+/// that does not is told by the status.
+fn await_roots(path: &Path) {
+    let deadline = Instant::now() + ROOTS;
+    while !path.exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// A bearer token of 32 random bytes.
