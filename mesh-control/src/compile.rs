@@ -96,8 +96,9 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
     let bound = binding::services(&index, &mut out);
     let endpoints = endpoints::endpoints(&index, &mut out);
     let policies = policies::policies(&index, &bound, &endpoints, &mut out);
-    let services = endpoints::service_resources(&index, &bound, &mut out);
+    // Pods claim their addresses first: the kernel gave them, while a clusterIP is only written.
     let workloads = endpoints::workload_resources(&index, &endpoints, &policies, &mut out);
+    let services = endpoints::service_resources(&index, &bound, &mut out);
     let waypoints = routes::waypoints(&index, &bound, &services, &mut out);
     let Output { mut problems, carried, .. } = out;
     problems.sort();

@@ -16,7 +16,7 @@ use serde::Serialize;
 const MIN_TOKEN_DIGITS: usize = 64;
 /// Longest file, bytes.
 const MAX_TOKEN_BYTES: u64 = 4096;
-/// A file that was removed or replaced counts no longer than this.
+/// Faults that are shown are no older than this.
 const MAX_AGE: Duration = Duration::from_secs(1);
 /// A token that is not known makes the directory be read again, but not more often than this.
 const MIN_AGE: Duration = Duration::from_millis(50);
@@ -86,7 +86,7 @@ pub struct Credentials {
 struct Known {
     read_at: Option<Instant>,
     /// Digests of the tokens, so that comparing takes the same time for all.
-    tokens: Vec<(digest::Digest, Principal)>,
+    tokens: Vec<(digest::Digest, Principal, PathBuf)>,
     faults: Vec<String>,
 }
 
@@ -102,12 +102,8 @@ impl Credentials {
     /// Nobody, or there is none.
     pub fn authenticate(&self, token: Option<&str>, now: Instant) -> Result<Principal, Unauthenticated> {
         let token = token.map(str::trim).filter(|token| !token.is_empty()).ok_or(Unauthenticated::Missing)?;
-        let mut known = self.known.lock();
-        let age = known.age(now);
-        if age.is_none_or(|age| age > MAX_AGE) {
-            *known = read(&self.dir, now);
-        }
         let digest = digest::digest(&digest::SHA256, token.as_bytes());
+        let mut known = self.known.lock();
         if let Some(found) = known.find(&digest) {
             return Ok(found);
         }
@@ -132,14 +128,18 @@ impl Known {
         self.read_at.map(|at| now.saturating_duration_since(at))
     }
 
+    /// The owner of a token, as long as its file still holds it: what was withdrawn counts no longer.
     fn find(&self, digest: &digest::Digest) -> Option<Principal> {
         let mut found = None;
-        for (token, principal) in &self.tokens {
-            if constant_time::verify_slices_are_equal(token.as_ref(), digest.as_ref()).is_ok() {
-                found = Some(principal.clone());
+        for (known, principal, path) in &self.tokens {
+            if constant_time::verify_slices_are_equal(known.as_ref(), digest.as_ref()).is_ok() {
+                found = Some((principal, path));
             }
         }
-        found
+        let (principal, path) = found?;
+        let held = digest::digest(&digest::SHA256, token(path).ok()?.as_bytes());
+        constant_time::verify_slices_are_equal(held.as_ref(), digest.as_ref()).ok()?;
+        Some(principal.clone())
     }
 }
 
@@ -162,7 +162,11 @@ fn read(dir: &Path, now: Instant) -> Known {
             (None, _) => known.faults.push(format!("{name}: neither node-<node> nor pod-<namespace>.<pod>")),
             (_, Err(reason)) => known.faults.push(format!("{name}: {reason}")),
             (Some(principal), Ok(token)) => {
-                known.tokens.push((digest::digest(&digest::SHA256, token.as_bytes()), principal));
+                known.tokens.push((
+                    digest::digest(&digest::SHA256, token.as_bytes()),
+                    principal,
+                    entry.path(),
+                ));
             }
         }
     }
@@ -214,12 +218,12 @@ mod tests {
         for bad in [None, Some(""), Some("x"), Some(b.as_str()), Some(&a[..63])] {
             assert!(credentials.authenticate(bad, start).is_err(), "{bad:?}");
         }
-        // A new file counts at once, a removed one at the latest after a second.
+        // A new file counts at once, a removed one no longer.
         put(dir.path(), "pod-shop.gw-1", &b, 0o600);
         let pod = Principal::Pod { namespace: "shop".into(), name: "gw-1".into() };
         assert_eq!(credentials.authenticate(Some(&b), start + MIN_AGE * 2).unwrap(), pod);
         fs::remove_file(dir.path().join("node-n1")).unwrap();
-        assert!(credentials.authenticate(Some(&a), start + MAX_AGE * 3).is_err());
+        assert!(credentials.authenticate(Some(&a), start + MIN_AGE * 2).is_err());
     }
 
     #[test]

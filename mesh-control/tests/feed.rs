@@ -386,7 +386,7 @@ async fn a_broken_file_is_told_and_keeps_what_was_good() {
         (problem["file"].as_str(), problem["field"].as_str(), problem["object"].as_str()),
         (Some("shop.yaml"), Some("spec.ports[0].port"), Some("Service shop/cart"))
     );
-    assert_eq!(problem["line"], 28);
+    assert_eq!(problem["line"], 29);
     world.end().await;
 }
 

@@ -1,1 +1,511 @@
+//! Worlds written as YAML, told back in one line per fact.
 
+use std::collections::BTreeMap;
+
+use mesh_core::model::{Action, Scope, TunnelProtocol, WaypointRef};
+
+use super::*;
+use crate::{
+    source::{Severity, parse},
+    translate::translate,
+};
+
+/// The smallest mesh that most rules need: two namespaces, a waypoint, a bound service and its pods.
+const BASE: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: bank, labels: {team: money}}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n1, labels: {topology.kubernetes.io/zone: z1}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: cart-1, namespace: shop, labels: {app: cart}}
+spec: {nodeName: n1, serviceAccountName: cart, containers: [{name: c, ports: [{name: web, containerPort: 8080}]}]}
+status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: cart-2, namespace: shop, labels: {app: cart, version: v2}}
+spec: {nodeName: n1, containers: []}
+status: {phase: Running, podIP: 10.0.0.2, conditions: [{type: Ready, status: 'False'}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: cart, namespace: shop, labels: {istio.io/use-waypoint: gw}}
+spec: {clusterIP: 10.96.0.1, selector: {app: cart}, ports: [{name: http, port: 80, targetPort: web}, {name: tcp-x, port: 81}, {port: 82}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: plain, namespace: shop}
+spec: {clusterIP: 10.96.0.2, selector: {app: cart}, ports: [{port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: vault, namespace: bank}
+spec: {clusterIP: 10.96.0.3, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: gw, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: gw, namespace: shop}
+spec: {clusterIP: 10.96.0.9, selector: {gateway.networking.k8s.io/gateway-name: gw}, ports: [{port: 15008}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: gw-1, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: gw, istio.io/dataplane-mode: none, app: cart}}
+spec: {nodeName: n1, serviceAccountName: gw, containers: []}
+status: {phase: Running, podIP: 10.0.0.9}
+";
+
+/// The world of the base and `more`, whose objects replace those of the base.
+fn world(more: &str) -> World {
+    let mut fragments = Fragments::new();
+    for text in [BASE, more] {
+        let parsed = parse("t.yaml", text);
+        assert!(!parsed.broken(), "{:?}", parsed.problems);
+        for object in parsed.objects {
+            fragments.insert(object.key.clone(), Arc::new(translate(&object, &Mesh::default())));
+        }
+    }
+    compile(&fragments, &Mesh::default())
+}
+
+fn pod<'a>(world: &'a World, name: &str) -> &'a Workload {
+    &world.workloads[&WorkloadKey(format!("Kubernetes//Pod/{name}").into())]
+}
+
+fn service<'a>(world: &'a World, namespace: &str, name: &str) -> &'a Service {
+    &world.services[&ServiceKey::new(namespace, &format!("{name}.{namespace}.svc.cluster.local"))]
+}
+
+/// Problems that are worse than a remark, as `object field: reason`.
+fn complaints(world: &World) -> Vec<String> {
+    let bad = world.problems.iter().filter(|problem| problem.severity > Severity::Info);
+    bad.map(|problem| format!("{} {}: {}", problem.object, problem.field, problem.reason)).collect()
+}
+
+fn object(kind: &str, name: &str, namespace: &str, spec: &str) -> String {
+    let api = match kind {
+        "HTTPRoute" | "Gateway" | "ReferenceGrant" => "gateway.networking.k8s.io/v1",
+        "AuthorizationPolicy" | "PeerAuthentication" => "security.istio.io/v1",
+        "EndpointSlice" => "discovery.k8s.io/v1",
+        _ => "v1",
+    };
+    format!(
+        "apiVersion: {api}\nkind: {kind}\nmetadata: {{name: {name}, namespace: {namespace}}}\n{spec}\n---\n"
+    )
+}
+
+#[test]
+fn the_base_is_as_it_was_written() {
+    let world = world("");
+    assert_eq!(complaints(&world), Vec::<String>::new());
+    let cart = pod(&world, "shop/cart-1");
+    assert_eq!(
+        (cart.tunnel, cart.native_tunnel, &*cart.service_account),
+        (TunnelProtocol::Hbone, false, "cart")
+    );
+    assert_eq!((cart.addresses.len(), &*cart.locality.zone, &*cart.node), (2, "z1", "n1"));
+    let key = &service(&world, "shop", "cart").key;
+    assert_eq!(cart.services[key], BTreeMap::from([(80, 8080), (81, 81), (82, 82)]));
+    // A pod without the named port has no endpoint for it.
+    let second = pod(&world, "shop/cart-2");
+    assert_eq!(second.services[key], BTreeMap::from([(81, 81), (82, 82)]));
+    assert_eq!(second.health, mesh_core::model::Health::Unhealthy);
+    let gw = pod(&world, "shop/gw-1");
+    assert_eq!((gw.tunnel, gw.native_tunnel, gw.waypoint.clone()), (TunnelProtocol::Hbone, true, None));
+    let ports: Vec<_> =
+        service(&world, "shop", "cart").ports.iter().map(|port| (port.port, port.target)).collect();
+    assert_eq!(ports, [(80, 0), (81, 81), (82, 82)]);
+}
+
+#[test]
+fn compiling_twice_gives_the_same() {
+    assert_eq!(world(""), world(""));
+}
+
+#[test]
+fn a_service_is_bound_by_its_nearest_label() {
+    let bound = |service_labels: &str, namespace_labels: &str, gateway: &str| {
+        let more = format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{istio.io/dataplane-mode: ambient, {namespace_labels}}}}}\n---\napiVersion: v1\nkind: Service\nmetadata: {{name: cart, namespace: shop, labels: {{{service_labels}}}}}\nspec: {{clusterIP: 10.96.0.1, ports: [{{port: 80}}]}}\n---\n{gateway}"
+        );
+        let world = world(&more);
+        let service = service(&world, "shop", "cart").clone();
+        let reference = service.waypoint.map(|waypoint| match waypoint {
+            WaypointRef::Service { service, port } => format!("{service}:{port}"),
+            WaypointRef::Address { address, port } => format!("{address}:{port}"),
+        });
+        let reason = complaints(&world).iter().filter_map(|c| c.split(": ").nth(1).map(str::to_owned)).next();
+        (reference, reason)
+    };
+    let gw = Some("shop/gw.shop.svc.cluster.local:15008".to_owned());
+    let nowhere = |gateway: &str| Some(format!("shop/unbound.{gateway}.svc.cluster.local:15008"));
+    let far = object(
+        "Gateway",
+        "far",
+        "bank",
+        "spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}",
+    );
+    let open = far.replace("protocol: HBONE", "protocol: HBONE, allowedRoutes: {namespaces: {from: All}}");
+    let workloads = object(
+        "Gateway",
+        "gw",
+        "shop",
+        "spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}",
+    )
+    .replace("name: gw,", "name: gw, labels: {istio.io/waypoint-for: workload},");
+    for (own, inherited, more, reference, reason) in [
+        ("", "", "", None, None),
+        ("istio.io/use-waypoint: gw", "", "", gw.clone(), None),
+        ("", "istio.io/use-waypoint: gw", "", gw.clone(), None),
+        ("istio.io/use-waypoint: none", "istio.io/use-waypoint: gw", "", None, None),
+        ("istio.io/use-waypoint: gw", "istio.io/use-waypoint: other", "", gw, None),
+        (
+            "istio.io/use-waypoint: gone",
+            "istio.io/use-waypoint: gw",
+            "",
+            nowhere("gone.shop"),
+            Some("WaypointMissing"),
+        ),
+        (
+            "istio.io/use-waypoint: far, istio.io/use-waypoint-namespace: bank",
+            "",
+            &*far,
+            nowhere("far.bank"),
+            Some("AttachmentDenied"),
+        ),
+        (
+            "istio.io/use-waypoint: far, istio.io/use-waypoint-namespace: bank",
+            "",
+            &*open,
+            Some("bank/far.bank.svc.cluster.local:15008".to_owned()),
+            Some("WaypointIsNotReady"),
+        ),
+        ("istio.io/use-waypoint: gw", "", &*workloads, None, Some("UnsupportedTrafficType")),
+    ] {
+        let got = bound(own, inherited, more);
+        let got_reason = got.1.filter(|reason| reason.chars().all(|c| c.is_ascii_alphanumeric()));
+        assert_eq!(
+            (got.0, got_reason.as_deref()),
+            (reference, reason.filter(|_| true)),
+            "{own} | {inherited}"
+        );
+    }
+}
+
+#[test]
+fn a_service_of_a_waypoint_is_never_bound_and_a_headless_one_neither() {
+    let more = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/use-waypoint: gw}}\n---\napiVersion: v1\nkind: Service\nmetadata: {name: plain, namespace: shop}\nspec: {clusterIP: None, ports: [{port: 80}]}\n";
+    let world = world(more);
+    assert_eq!(service(&world, "shop", "gw").waypoint, None);
+    assert_eq!(service(&world, "shop", "plain").waypoint, None);
+    // The namespace's waypoint takes services only, so its pods are not bound.
+    assert_eq!(pod(&world, "shop/cart-1").waypoint, None);
+}
+
+/// Policies of `cart-1` with what they deny plaintext on: `name: only=… except=…`.
+fn plaintext(world: &World, pod_name: &str) -> Vec<String> {
+    let policies = pod(world, pod_name).policies.iter().map(|key| {
+        let policy = &world.policies[key];
+        assert_eq!((policy.action, policy.scope), (Action::Deny, Scope::WorkloadSelector));
+        let clauses = &policy.rules[0].clauses;
+        let (ports, last) = clauses.split_at(clauses.len() - 1);
+        assert_eq!(last[0].matches[0].not_principals, [mesh_core::model::StringMatch::Presence]);
+        let on: Vec<_> = ports.iter().flat_map(|c| c.matches[0].destination_ports.clone()).collect();
+        let except: Vec<_> = ports.iter().flat_map(|c| c.matches[0].not_destination_ports.clone()).collect();
+        format!("{key} on={on:?} except={except:?}")
+    });
+    policies.collect()
+}
+
+#[test]
+fn peer_authentication_is_decided_by_the_nearest_level() {
+    let mesh = |mode: &str| {
+        object("PeerAuthentication", "m", "undermesh-system", &format!("spec: {{mtls: {{mode: {mode}}}}}"))
+    };
+    let namespace =
+        |mode: &str| object("PeerAuthentication", "n", "shop", &format!("spec: {{mtls: {{mode: {mode}}}}}"));
+    let workload = |mode: &str, ports: &str| {
+        let ports = if ports.is_empty() { String::new() } else { format!(", portLevelMtls: {{{ports}}}") };
+        object(
+            "PeerAuthentication",
+            "w",
+            "shop",
+            &format!("spec: {{selector: {{matchLabels: {{app: cart}}}}, mtls: {{mode: {mode}}}{ports}}}"),
+        )
+    };
+    let strict = "undermesh-system/istio_converted_static_strict on=[] except=[]";
+    let own = "shop/converted_peer_authentication_w";
+    for (objects, want) in [
+        (vec![], None),
+        (vec![mesh("STRICT")], Some(strict.to_owned())),
+        (vec![mesh("PERMISSIVE")], None),
+        (vec![mesh("STRICT"), namespace("PERMISSIVE")], None),
+        (vec![mesh("STRICT"), namespace("UNSET")], Some(strict.to_owned())),
+        (vec![mesh("PERMISSIVE"), namespace("STRICT")], Some(strict.to_owned())),
+        (vec![namespace("STRICT"), workload("PERMISSIVE", "")], None),
+        (vec![namespace("STRICT"), workload("DISABLE", "")], None),
+        (vec![namespace("STRICT"), workload("UNSET", "")], Some(strict.to_owned())),
+        (vec![namespace("PERMISSIVE"), workload("STRICT", "")], Some(strict.to_owned())),
+        (vec![workload("STRICT", "8080: {mode: PERMISSIVE}")], Some(format!("{own} on=[] except=[8080]"))),
+        (vec![workload("STRICT", "8080: {mode: DISABLE}")], Some(format!("{own} on=[] except=[8080]"))),
+        (vec![workload("STRICT", "8080: {mode: STRICT}")], Some(strict.to_owned())),
+        (
+            vec![workload("PERMISSIVE", "8080: {mode: STRICT}, 9: {mode: DISABLE}")],
+            Some(format!("{own} on=[8080] except=[]")),
+        ),
+        (vec![workload("PERMISSIVE", "8080: {mode: PERMISSIVE}")], None),
+        (
+            vec![namespace("STRICT"), workload("UNSET", "8080: {mode: PERMISSIVE}")],
+            Some(format!("{own} on=[] except=[8080]")),
+        ),
+        // A lone DISABLE port under an UNSET object makes no exception.
+        (vec![namespace("STRICT"), workload("UNSET", "8080: {mode: DISABLE}")], Some(strict.to_owned())),
+        (vec![workload("UNSET", "8080: {mode: STRICT}")], Some(format!("{own} on=[8080] except=[]"))),
+        (vec![workload("STRICT", "8080: {mode: UNSET}")], Some(strict.to_owned())),
+    ] {
+        let world = world(&objects.concat());
+        assert_eq!(plaintext(&world, "shop/cart-1"), Vec::from_iter(want), "{objects:?}");
+        // Waypoints take only tunnels, so plaintext policy is not for them.
+        assert_eq!(plaintext(&world, "shop/gw-1"), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn of_one_level_the_oldest_peer_authentication_counts() {
+    let dated = |name: &str, date: &str, mode: &str| {
+        object("PeerAuthentication", name, "shop", &format!("spec: {{mtls: {{mode: {mode}}}}}"))
+            .replace("namespace: shop", &format!("namespace: shop, creationTimestamp: '{date}'"))
+    };
+    let (old, new) = ("2024-01-01T00:00:00Z", "2025-01-01T00:00:00Z");
+    for (objects, strict) in [
+        (dated("b", old, "STRICT") + &dated("a", new, "PERMISSIVE"), true),
+        (dated("b", new, "STRICT") + &dated("a", old, "PERMISSIVE"), false),
+        (dated("a", old, "PERMISSIVE") + &dated("b", old, "STRICT"), false),
+    ] {
+        assert_eq!(!plaintext(&world(&objects), "shop/cart-1").is_empty(), strict, "{objects}");
+    }
+}
+
+#[test]
+fn selectors_bind_policies_to_pods_of_their_reach() {
+    let policy =
+        |namespace: &str, spec: &str| object("AuthorizationPolicy", "p", namespace, &format!("spec: {spec}"));
+    for (yaml, scope, named) in [
+        (policy("shop", "{}"), Some(Scope::Namespace), false),
+        (policy("undermesh-system", "{}"), Some(Scope::Global), false),
+        (policy("shop", "{selector: {matchLabels: {app: cart}}}"), Some(Scope::WorkloadSelector), true),
+        (policy("shop", "{selector: {matchLabels: {app: other}}}"), Some(Scope::WorkloadSelector), false),
+        (policy("bank", "{selector: {matchLabels: {app: cart}}}"), Some(Scope::WorkloadSelector), false),
+        (
+            policy("undermesh-system", "{selector: {matchLabels: {app: cart}}}"),
+            Some(Scope::WorkloadSelector),
+            true,
+        ),
+        (policy("shop", "{action: AUDIT, rules: [{}]}"), None, false),
+    ] {
+        let world = world(&yaml);
+        assert_eq!(world.policies.values().next().map(|policy| policy.scope), scope, "{yaml}");
+        assert_eq!(!pod(&world, "shop/cart-1").policies.is_empty(), named, "{yaml}");
+        assert!(pod(&world, "shop/gw-1").policies.is_empty(), "{yaml}");
+    }
+}
+
+#[test]
+fn a_policy_for_a_waypoint_denies_the_ports_of_its_targets() {
+    let service_target = "{targetRefs: [{group: '', kind: Service, name: cart}], rules: [{}]}";
+    for (spec, ports) in [
+        (service_target, Some(vec![81, 82, 8080])),
+        (
+            "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: gw}], rules: [{}]}",
+            Some(vec![81, 82, 8080]),
+        ),
+        ("{targetRefs: [{group: '', kind: Service, name: gone}], rules: [{}]}", None),
+        ("{targetRefs: [{group: '', kind: Service, name: cart}], action: AUDIT, rules: [{}]}", None),
+    ] {
+        let world = world(&object("AuthorizationPolicy", "p", "shop", &format!("spec: {spec}")));
+        let key = PolicyKey::new("shop", "converted_waypoint_policy_p");
+        assert!(!world.policies.contains_key(&PolicyKey::new("shop", "p")), "{spec}");
+        let denied = world
+            .policies
+            .get(&key)
+            .map(|policy| policy.rules[0].clauses[0].matches[0].destination_ports.clone());
+        assert_eq!(denied, ports, "{spec}");
+        assert_eq!(pod(&world, "shop/cart-2").policies.contains(&key), ports.is_some(), "{spec}");
+    }
+}
+
+/// Routes of the listeners of `shop/gw`, as `port http? route…`.
+fn listeners(world: &World) -> Vec<String> {
+    let config = &world.waypoints["shop/gw"];
+    let told = config.listeners.iter().map(|listener| {
+        let routes: Vec<_> = listener.routes.iter().map(|route| route.name.to_string()).collect();
+        let kind = if listener.http { "http" } else { "tcp" };
+        format!("{} {kind} {}", listener.port, routes.join(",")).trim_end().to_owned()
+    });
+    told.collect()
+}
+
+#[test]
+fn routes_attach_to_the_ports_of_bound_services() {
+    let route = |name: &str, namespace: &str, parent: &str| {
+        object("HTTPRoute", name, namespace, &format!("spec: {{parentRefs: [{parent}]}}"))
+    };
+    let cart = "group: '', kind: Service, name: cart";
+    let (none, all) = (["80 http", "81 tcp", "82 tcp"], ["80 http r", "81 tcp", "82 http r"]);
+    for (yaml, want, complaint) in [
+        (String::new(), none, ""),
+        (route("r", "shop", &format!("{{{cart}}}")), all, ""),
+        (route("r", "shop", &format!("{{{cart}}}, {{{cart}, port: 80}}")), all, ""),
+        (route("r", "shop", &format!("{{{cart}, port: 80}}")), ["80 http r", "81 tcp", "82 tcp"], ""),
+        (route("r", "shop", &format!("{{{cart}, port: 81}}")), none, "declared as something else"),
+        (route("r", "shop", &format!("{{{cart}, port: 99}}")), none, "NoMatchingParent"),
+        (route("r", "shop", "{group: '', kind: Service, name: gone}"), none, "NoMatchingParent"),
+        (route("r", "shop", "{group: '', kind: Service, name: plain}"), none, "bound to no waypoint"),
+        (route("r", "bank", &format!("{{{cart}, namespace: shop}}")), none, "consumer route"),
+        (route("r", "shop", "{name: gw}"), all, ""),
+        (route("r", "bank", "{name: gw, namespace: shop}"), none, "NotAllowedByListeners"),
+        (route("r", "shop", "{name: gone}"), none, "NoMatchingParent"),
+        (route("r", "shop", "{group: x, kind: Mesh, name: y}"), none, "not supported"),
+    ] {
+        let world = world(&yaml);
+        assert_eq!(listeners(&world), want, "{yaml}");
+        let complaints = complaints(&world).join("\n");
+        assert_eq!(complaints.is_empty(), complaint.is_empty(), "{yaml}: {complaints}");
+        assert!(complaints.contains(complaint), "{yaml}: {complaints}");
+    }
+}
+
+#[test]
+fn the_older_route_comes_first() {
+    let route = |name: &str, date: &str| {
+        object(
+            "HTTPRoute",
+            name,
+            "shop",
+            "spec: {parentRefs: [{group: '', kind: Service, name: cart, port: 80}]}",
+        )
+        .replace("namespace: shop", &format!("namespace: shop, creationTimestamp: '{date}'"))
+    };
+    let world = world(&(route("a", "2025-01-01T00:00:00Z") + &route("b", "2024-01-01T00:00:00Z")));
+    assert_eq!(listeners(&world)[0], "80 http b,a");
+}
+
+#[test]
+fn a_backend_that_cannot_be_found_keeps_its_share() {
+    let backend = |backend: &str, more: &str| {
+        let route = object(
+            "HTTPRoute",
+            "r",
+            "shop",
+            &format!(
+                "spec: {{parentRefs: [{{group: '', kind: Service, name: cart, port: 80}}], rules: [{{backendRefs: [{backend}]}}]}}"
+            ),
+        );
+        let world = world(&(route + more));
+        let backend = world.waypoints["shop/gw"].listeners[0].routes[0].rules[0].backends[0].clone();
+        (
+            backend.weight,
+            backend
+                .target
+                .map(|target| target.service.to_string())
+                .map_err(|reason| reason.split(':').next().unwrap_or_default().to_owned()),
+        )
+    };
+    let grant = |to: &str, from: &str| {
+        object(
+            "ReferenceGrant",
+            "g",
+            "bank",
+            &format!(
+                "spec: {{from: [{{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: {from}}}], to: [{{group: '', kind: Service{to}}}]}}"
+            ),
+        )
+    };
+    let (vault, refused) =
+        ("bank/vault.bank.svc.cluster.local".to_owned(), Err("RefNotPermitted".to_owned()));
+    let far = "{name: vault, namespace: bank, port: 80, weight: 7}";
+    for (refer, more, want) in [
+        ("{name: plain, port: 80}", String::new(), (1, Ok("shop/plain.shop.svc.cluster.local".to_owned()))),
+        ("{name: plain, port: 81, weight: 5}", String::new(), (5, Err("BackendNotFound".to_owned()))),
+        ("{name: gone, port: 80}", String::new(), (1, Err("BackendNotFound".to_owned()))),
+        (far, String::new(), (7, refused.clone())),
+        (far, grant("", "shop"), (7, Ok(vault.clone()))),
+        (far, grant(", name: vault", "shop"), (7, Ok(vault))),
+        (far, grant(", name: other", "shop"), (7, refused.clone())),
+        (far, grant("", "other"), (7, refused)),
+    ] {
+        assert_eq!(backend(refer, &more), want, "{refer} {more}");
+    }
+}
+
+#[test]
+fn endpoint_slices_replace_the_selector() {
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: cart-x, namespace: shop, labels: {kubernetes.io/service-name: cart}}\naddressType: IPv4\nports: [{name: http, port: 9090}]\nendpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, name: cart-1}}, {addresses: [192.0.2.1], conditions: {ready: false}}]\n";
+    let world = world(slice);
+    let key = service(&world, "shop", "cart").key.clone();
+    assert_eq!(pod(&world, "shop/cart-1").services[&key], BTreeMap::from([(80, 9090)]));
+    assert!(!pod(&world, "shop/cart-2").services.contains_key(&key));
+    let other = &world.workloads
+        [&WorkloadKey("Kubernetes/discovery.k8s.io/EndpointSlice/shop/cart-x/192.0.2.1".into())];
+    assert_eq!((other.tunnel, other.health), (TunnelProtocol::None, mesh_core::model::Health::Unhealthy));
+    assert_eq!(other.network_mode, mesh_core::model::NetworkMode::HostNetwork);
+}
+
+#[test]
+fn an_address_belongs_to_whoever_had_it_first() {
+    let pod_of = |name: &str, ip: &str| {
+        object(
+            "Pod",
+            name,
+            "bank",
+            &format!("spec: {{containers: []}}\nstatus: {{phase: Running, podIP: {ip}}}"),
+        )
+    };
+    let service_of = object("Service", "fake", "bank", "spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}")
+        .replace("namespace: bank", "namespace: bank, creationTimestamp: '2030-01-01T00:00:00Z'");
+    let aged = BASE.replace(
+        "{name: cart, namespace: shop,",
+        "{name: cart, namespace: shop, creationTimestamp: '2020-01-01T00:00:00Z',",
+    );
+    let late = pod_of("zz", "10.0.0.1").replace("namespace: bank", "namespace: zoo");
+    let world = world(&(aged + "---\n" + &late + &service_of));
+    assert!(pod(&world, "zoo/zz").addresses.is_empty());
+    assert_eq!(pod(&world, "shop/cart-1").addresses.len(), 2);
+    assert!(service(&world, "bank", "fake").vips.is_empty());
+    assert_eq!(service(&world, "shop", "cart").vips.len(), 1);
+    let told = complaints(&world);
+    assert_eq!(told.iter().filter(|complaint| complaint.contains("AddressConflict")).count(), 2, "{told:?}");
+}
+
+#[test]
+fn host_network_pods_and_the_unlabelled_are_plain() {
+    let host = object(
+        "Pod",
+        "host",
+        "shop",
+        "spec: {hostNetwork: true, containers: []}\nstatus: {phase: Running, podIP: 192.0.2.9}",
+    );
+    let plain =
+        object("Pod", "plain", "bank", "spec: {containers: []}\nstatus: {phase: Running, podIP: 10.0.1.1}");
+    let ended =
+        object("Pod", "ended", "shop", "spec: {containers: []}\nstatus: {phase: Succeeded, podIP: 10.0.1.2}");
+    let world = world(&(host + &plain + &ended));
+    assert_eq!(pod(&world, "shop/host").tunnel, TunnelProtocol::None);
+    assert_eq!(pod(&world, "shop/host").network_mode, mesh_core::model::NetworkMode::HostNetwork);
+    assert_eq!(pod(&world, "bank/plain").tunnel, TunnelProtocol::None);
+    assert!(!world.workloads.contains_key(&WorkloadKey("Kubernetes//Pod/shop/ended".into())));
+    assert!(world.pods[&("shop".into(), "ended".into())].finished);
+}

@@ -15,6 +15,9 @@ use crate::credentials::Principal;
 /// Reason of a rejection.
 pub type Nack = String;
 
+/// Type and name of a resource.
+pub type ResourceName = (&'static str, Arc<str>);
+
 /// Most proxies that are remembered after they went away.
 const MAX_REMEMBERED: usize = 10_000;
 
@@ -30,9 +33,9 @@ pub struct Proxy {
     /// Resources that were sent and not answered.
     pub pending: BTreeSet<Arc<str>>,
     /// `(type, name)` → version that it holds.
-    pub holds: BTreeMap<(&'static str, Arc<str>), Arc<str>>,
+    pub holds: BTreeMap<ResourceName, Arc<str>>,
     /// `(type, name)` → version that it rejected, and why.
-    pub nacks: BTreeMap<(&'static str, Arc<str>), (Arc<str>, Nack)>,
+    pub nacks: BTreeMap<ResourceName, (Arc<str>, Nack)>,
 }
 
 /// What a stream reports after each step.
