@@ -272,8 +272,13 @@ impl Stream {
     /// Tells the status how far this proxy is.
     fn report(&self) {
         let published = self.published.borrow().clone();
+        // A waypoint asks for its own configuration, not for what agents enforce.
+        let other = match self.caller {
+            Principal::Node(_) => TYPE_AUTHORIZATION,
+            Principal::Pod { .. } => TYPE_WAYPOINT,
+        };
         let complete = self.types.contains_key(TYPE_ADDRESS)
-            && self.types.contains_key(TYPE_AUTHORIZATION)
+            && self.types.contains_key(other)
             && self.types.iter().all(|(type_url, subscription)| {
                 subscription.answered
                     && subscription.unanswered.is_empty()
