@@ -62,8 +62,8 @@ fn seeds() -> Vec<Vec<u8>> {
     };
     let address = |kind| workload::Address { r#type: Some(kind) };
     vec![
-        typed(0, &address(workload::address::Type::Workload(workload.into()))),
-        typed(0, &address(workload::address::Type::Service(service.into()))),
+        typed(0, &address(workload::address::Type::Workload(workload))),
+        typed(0, &address(workload::address::Type::Service(service))),
         typed(1, &security::Authorization::from(&policy())),
         typed(2, &waypoint::WaypointConfig::from(&config())),
         vec![3],
@@ -152,11 +152,11 @@ fn again(type_url: &str, change: &Change) {
         Change::Policy(policy) => security::Authorization::from(&**policy).encode_to_vec(),
         Change::Waypoint(config) => waypoint::WaypointConfig::from(&**config).encode_to_vec(),
         Change::Workload(item) => {
-            let kind = workload::address::Type::Workload(workload::Workload::from(&**item).into());
+            let kind = workload::address::Type::Workload(workload::Workload::from(&**item));
             workload::Address { r#type: Some(kind) }.encode_to_vec()
         }
         Change::Service(item) => {
-            let kind = workload::address::Type::Service(workload::Service::from(&**item).into());
+            let kind = workload::address::Type::Service(workload::Service::from(&**item));
             workload::Address { r#type: Some(kind) }.encode_to_vec()
         }
         _ => return,

@@ -130,7 +130,7 @@ mod tests {
                 hostname: hostname.into(),
                 ..Default::default()
             };
-            let kind = workload::address::Type::Service(service.into());
+            let kind = workload::address::Type::Service(service);
             let bytes = workload::Address { r#type: Some(kind) }.encode_to_vec();
             let got = prepared(TYPE_ADDRESS, &format!("shop/{hostname}"), bytes);
             assert_eq!(got.is_ok(), fits, "{hostname}: {got:?}");

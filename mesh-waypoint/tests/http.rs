@@ -5,6 +5,7 @@
     clippy::disallowed_methods,
     reason = "the scenery of tests may panic and spawn"
 )]
+#![expect(dead_code, reason = "this file uses a part of the harness")]
 
 mod harness;
 
