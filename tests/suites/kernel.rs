@@ -1,5 +1,7 @@
 //! The real object in the real kernel: each rule of the capture has a test that fails without it. Needs root.
 
+#[path = "kernel/arrivals.rs"]
+mod arrivals;
 #[path = "kernel/bed.rs"]
 mod bed;
 #[path = "kernel/capture.rs"]

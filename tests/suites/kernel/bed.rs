@@ -2,6 +2,7 @@
 //! half driven by the test, and relays in place of the agent's proxies.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{Read as _, Write as _},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -16,10 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::{
+    maps::{Array, HashMap, Map, MapData},
+    programs::links::{FdLink, PinnedLink},
+};
 use mesh_ebpf_common::{
     CAPTURE_MARK, CAPTURE_TABLE,
-    map::{FlowKey, FlowRecord, MAX_FLOWS},
+    map::{Config, FlowKey, FlowRecord, MAX_FLOWS},
     reason::Reason,
     wire::Target,
 };
@@ -135,6 +139,37 @@ impl Agent {
     /// What reached the agent at that door.
     pub fn seen(&self, door: Door) -> Vec<Seen> {
         lock(&self.seen).iter().filter(|seen| seen.door == door).cloned().collect()
+    }
+
+    /// The door whose listener in that namespace has this cookie.
+    pub fn door_of(&self, netns: u64, cookie: u64) -> Option<Door> {
+        let option = |listener: &TcpListener, name| {
+            let (mut value, mut length) = (0_u64, 8);
+            // SAFETY: the kernel writes at most eight bytes into `value`.
+            let result = unsafe {
+                nix::libc::getsockopt(
+                    std::os::fd::AsRawFd::as_raw_fd(listener),
+                    nix::libc::SOL_SOCKET,
+                    name,
+                    (&raw mut value).cast(),
+                    &raw mut length,
+                )
+            };
+            assert_eq!(result, 0);
+            value
+        };
+        const SO_COOKIE: i32 = 57;
+        const SO_NETNS_COOKIE: i32 = 71;
+        let mut listeners =
+            self.listeners.iter().filter(|listener| option(listener, SO_NETNS_COOKIE) == netns);
+        let port =
+            listeners.find(|listener| option(listener, SO_COOKIE) == cookie)?.local_addr().unwrap().port();
+        match port {
+            15001 => Some(Door::Outbound),
+            15006 => Some(Door::Plaintext),
+            15008 => Some(Door::Hbone),
+            _ => None,
+        }
     }
 
     pub fn count(&self, reason: Reason) -> u64 {
@@ -312,6 +347,26 @@ impl Bed {
     /// Takes it out again.
     pub fn unplant(&self, agent: &Agent, key: &FlowKey) {
         let _ = flows(agent).remove(key);
+    }
+
+    /// Name of each pinned link, and the number of the program behind it.
+    pub fn linked_programs(&self) -> BTreeMap<String, u32> {
+        let links = Path::new(BPFFS).join("undermesh/v1").join(&self.node).join("links");
+        let program = |entry: std::io::Result<fs::DirEntry>| {
+            let entry = entry.unwrap();
+            let link = FdLink::from(PinnedLink::from_pin(entry.path()).unwrap());
+            (entry.file_name().to_string_lossy().into_owned(), link.info().unwrap().program_id())
+        };
+        fs::read_dir(links).unwrap().map(program).collect()
+    }
+
+    /// Makes the next start take the attached programs for those of another object.
+    pub fn forget_object(&self) {
+        let path = Path::new(BPFFS).join("undermesh/v1").join(&self.node).join("maps/CONFIG");
+        let map = Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap();
+        let mut map = Array::<_, Config>::try_from(map).unwrap();
+        let config = map.get(&0, 0).unwrap();
+        map.set(0, Config { object: [0; 32], ..config }, 0).unwrap();
     }
 
     /// Leaves no room for another record.

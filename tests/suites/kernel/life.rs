@@ -91,6 +91,35 @@ fn a_dead_agent_leaves_direct_flows_alone_and_refuses_the_rest() {
 }
 
 #[test]
+fn another_object_replaces_the_programs_in_place() {
+    let bed = Bed::new();
+    let (a, b, out) = (bed.pod("a"), bed.pod("b"), bed.outside());
+    let mut agent = bed.agent();
+    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let _server = bed.serve(&b, 8080);
+    agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
+    let (mut live, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
+    let programs = bed.linked_programs();
+    agent.die();
+    bed.forget_object();
+    let (kernel, report) = bed.reopen();
+    assert!(!report.reused);
+    let replaced = bed.linked_programs();
+    assert_eq!(replaced.keys().collect::<Vec<_>>(), programs.keys().collect::<Vec<_>>(), "the same links");
+    assert!(replaced.iter().all(|(link, program)| programs[link] != *program), "with other programs");
+    live.write_all(b"x").unwrap();
+    live.read_exact(&mut [0]).unwrap();
+    for six in BOTH {
+        a.greeted(SocketAddr::new(b.ip(six), 8080)).unwrap();
+        assert!(out.dial(SocketAddr::new(b.ip(six), 8080)).is_err(), "still enforced");
+    }
+    let mut agent = bed.agent_of(kernel);
+    bed.enrol(&mut agent, &b);
+    out.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
+    assert_eq!(agent.seen(Door::Plaintext).len(), 1, "once, not by two programs");
+}
+
+#[test]
 fn a_deleted_pod_leaves_nothing_and_its_connections_end() {
     let bed = Bed::new();
     let (a, b) = (bed.pod("a"), bed.pod("b"));

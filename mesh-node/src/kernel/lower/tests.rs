@@ -211,8 +211,8 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
         .collect();
     let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
     let changes = changes.chain(case.policies.iter().map(|policy| Change::Policy(Arc::new(policy.clone()))));
-    let changes = changes
-        .chain([Change::Service(Arc::new(service(case.waypoints.1))), Change::Options(case.options.clone())]);
+    let changes =
+        changes.chain([Change::Service(Arc::new(service(case.waypoints.1))), Change::Options(case.options)]);
     let world = Snapshot::default().with(changes);
     let state = lower(&world, "n1", &pods);
     let maps = Maps::of(&state, &pods, case.chance);
