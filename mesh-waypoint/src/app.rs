@@ -125,7 +125,8 @@ pub async fn run(settings: Settings, log: LogControl) -> Result<(), StartError> 
     stop_signal().await?;
     tracing::info!("draining");
     let cut = running.drain.run(&running.waypoint.tasks, limits::DRAIN).await;
-    running.background.shutdown(Duration::from_secs(1)).await;
+    // Nothing in the background has work left once the connections are gone.
+    running.background.shutdown(Duration::ZERO).await;
     tracing::info!(cut, "stopped");
     Ok(())
 }
