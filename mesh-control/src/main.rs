@@ -1,14 +1,16 @@
 //! The control plane's process.
 #![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
 use mesh_control::{app::App, config::Settings};
-use mesh_core::limits::DRAIN;
 use mesh_net::{drain, task::TaskGroup, telemetry::init_tracing};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Calls that are being answered when the end is asked for.
+const LAST_ANSWERS: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     match run(&Settings::parse()) {
@@ -34,8 +36,8 @@ async fn run(settings: &Settings) -> anyhow::Result<()> {
         _ = interrupted.recv() => {}
     }
     tracing::info!("draining");
-    // Feeds are open for ever and hold no work of ours: a short first step is enough.
-    drain.run(&tasks, DRAIN.min(std::time::Duration::from_secs(2))).await;
+    // Feeds are open for ever and hold no work of ours: only calls that are being answered get a moment.
+    drain.run(&tasks, LAST_ANSWERS).await;
     let _ = std::fs::remove_file(&settings.admin);
     Ok(())
 }
