@@ -1,4 +1,5 @@
 //! One file per verb.
 
+pub mod analyze;
 pub mod internal;
 pub mod local;

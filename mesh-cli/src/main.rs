@@ -22,6 +22,8 @@ enum Verb {
     /// A mesh on this machine, without Kubernetes.
     #[command(subcommand)]
     Local(cmd::local::LocalCommand),
+    /// Say what is wrong in a folder of Kubernetes YAML.
+    Analyze(cmd::analyze::AnalyzeArgs),
     /// What `local` starts itself as.
     #[command(subcommand, hide = true)]
     Internal(cmd::internal::InternalCommand),
@@ -30,6 +32,7 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Arguments::parse().verb {
         Verb::Local(command) => cmd::local::run(command),
+        Verb::Analyze(args) => cmd::analyze::run(&args),
         Verb::Internal(command) => cmd::internal::run(command),
     };
     done.unwrap_or_else(|error| {
