@@ -235,11 +235,17 @@ fn in_force(
         };
         held += usize::from(mine.into_iter().all(holds));
     }
-    let everywhere = held == needed;
+    // Nobody to enforce it is not the same as enforced by all.
+    let everywhere = needed > 0 && held == needed;
     Condition {
         kind: "InForce",
         status: if everywhere { "True" } else { "False" },
-        reason: if everywhere { "Acknowledged" } else { "Pending" }.to_owned(),
+        reason: match needed {
+            0 => "NoProxy",
+            _ if everywhere => "Acknowledged",
+            _ => "Pending",
+        }
+        .to_owned(),
         message: format!("in force on {held} of {needed} proxies"),
     }
 }

@@ -64,7 +64,7 @@ pub fn services(index: &Index<'_>, out: &mut Output) -> Bound {
             continue;
         }
         let Some(wanted) = wanted(&facts.labels, &name.0, index.namespace(&name.0)) else { continue };
-        if facts.vips.is_empty() {
+        if facts.headless {
             if wanted.own {
                 let reason = "a headless Service has no service traffic: it is not bound to a waypoint";
                 out.tell(Severity::Warning, service.of(), "metadata.labels", reason);

@@ -144,7 +144,7 @@ pub fn service_resources(
     by_age.sort_by(|(_, a), (_, b)| a.age().cmp(&b.age()));
     let mut services = BTreeMap::new();
     for (name, service) in by_age {
-        let ServiceFacts { labels: _, vips, ports, selector: _, publish_not_ready, node_local } =
+        let ServiceFacts { labels: _, vips, headless: _, ports, selector: _, publish_not_ready, node_local } =
             service.facts;
         let key = index.service_key(&name.0, &name.1);
         let ports = ports.iter().map(|port| ServicePort {

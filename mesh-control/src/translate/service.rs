@@ -18,8 +18,10 @@ use crate::source::Object;
 pub struct ServiceFacts {
     /// Its labels.
     pub labels: Labels,
-    /// Its virtual addresses; none when it is headless.
+    /// Its virtual addresses; none when it is headless, or has not been given any yet.
     pub vips: Vec<IpAddr>,
+    /// It has no virtual address on purpose.
+    pub headless: bool,
     /// Its TCP ports.
     pub ports: Vec<PortFacts>,
     /// Which pods are behind it; `None` = EndpointSlices written by somebody else.
@@ -113,6 +115,7 @@ pub fn service(object: &Object, service: &Service, report: &mut Report<'_>) -> O
     Some(ServiceFacts {
         labels: object.meta.labels.clone().unwrap_or_default(),
         vips,
+        headless: spec.cluster_ip.as_deref() == Some("None"),
         ports: ports.filter_map(|(index, port)| port_of(index, port, report)).collect(),
         selector: spec.selector.clone().filter(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
@@ -250,7 +253,8 @@ mod tests {
                 },
             ]
         );
-        assert_eq!(service_of("{clusterIP: None, ports: []}").vips, Vec::<IpAddr>::new());
+        assert!(service_of("{clusterIP: None, ports: []}").headless);
+        assert!(!service_of("{ports: []}").headless);
     }
 
     #[test]
