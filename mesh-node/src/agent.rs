@@ -150,8 +150,8 @@ impl Agent {
             self.direct.were_cut(&report.cut);
         }
         let mut swept = self.connections.sweep(&world, Instant::now());
-        swept.merge(self.direct.sweep(&self.kernel, &world, &table));
-        // A SYN that was under way during the first sweep has its record by now, or finds the generation changed.
+        // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
+        // asks the policies themselves, and ends what is undecided for too long.
         swept.merge(self.direct.sweep(&self.kernel, &world, &table));
         if swept.cut > 0 {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");

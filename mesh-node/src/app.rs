@@ -121,6 +121,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         pod.shutdown(GOODBYE).await;
     }
     tasks.shutdown(GOODBYE).await;
+    agent.direct.stop();
     for socket in [&config.enrol_socket, &config.admin_socket] {
         let _ = std::fs::remove_file(socket);
     }

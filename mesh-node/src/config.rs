@@ -162,12 +162,13 @@ impl Config {
     /// The first setting that cannot be used.
     pub fn new(settings: &Settings) -> Result<Self, ConfigError> {
         check_node(&settings.node)?;
-        let roots = read("--control-roots", &settings.control_roots)?;
-        if !roots.windows(11).any(|window| window == b"-----BEGIN ") {
-            return Err(invalid(
-                "--control-roots",
-                format!("{} holds no PEM block", settings.control_roots.display()),
-            ));
+        // Both are read again whenever they are used. Pods that were enrolled before have to be captured and refused
+        // properly even while the control plane has not written its part yet.
+        if let Some(roots) = read("--control-roots", &settings.control_roots)?
+            && !roots.windows(PEM.len()).any(|window| window == PEM)
+        {
+            let reason = format!("{} holds no PEM block", settings.control_roots.display());
+            return Err(invalid("--control-roots", reason));
         }
         read("--credential", &settings.credential)?;
         create(&settings.state_dir, "--state-dir")?;
@@ -212,8 +213,19 @@ fn invalid(setting: &'static str, reason: String) -> ConfigError {
     ConfigError::Invalid { setting, reason }
 }
 
-fn read(setting: &'static str, path: &PathBuf) -> Result<Vec<u8>, ConfigError> {
-    fs::read(path).map_err(|source| ConfigError::File { setting, path: path.clone(), source })
+/// What a PEM file has in it.
+const PEM: &[u8] = b"-----BEGIN ";
+
+/// The file; none when it is not there yet.
+fn read(setting: &'static str, path: &PathBuf) -> Result<Option<Vec<u8>>, ConfigError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            tracing::warn!(setting, path = %path.display(), "the file is not there yet");
+            Ok(None)
+        }
+        Err(source) => Err(ConfigError::File { setting, path: path.clone(), source }),
+    }
 }
 
 fn create(path: &std::path::Path, setting: &'static str) -> Result<(), ConfigError> {
@@ -254,13 +266,12 @@ mod tests {
         check("../x", "--node: \"../x\" is not");
         check("n/1", "--node: \"n/1\" is not");
         check("N1", "--node: \"N1\" is not");
-        check("n1", "--control-roots: ");
+        check("n1.example", "fine");
         fs::write(directory.path().join("roots.pem"), "nothing").unwrap();
         check("n1", "--control-roots: ");
         fs::write(directory.path().join("roots.pem"), "-----BEGIN CERTIFICATE-----").unwrap();
+        fs::create_dir(directory.path().join("token")).unwrap();
         check("n1", "--credential: ");
-        fs::write(directory.path().join("token"), "secret").unwrap();
-        check("n1.example", "fine");
         assert!(directory.path().join("state/deep").is_dir() && directory.path().join("run").is_dir());
     }
 

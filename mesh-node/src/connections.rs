@@ -13,9 +13,9 @@ use std::{
 };
 
 use mesh_core::{
-    Refusal,
+    Refusal, explain,
     flag::{Fault, Flag},
-    id::Identity,
+    id::{Identity, PolicyKey},
     inbound, limits,
     model::Workload,
     outbound,
@@ -160,6 +160,8 @@ pub struct Cut {
     pub flag: Flag,
     /// In words.
     pub why: String,
+    /// The policy that decided.
+    pub policy: Option<PolicyKey>,
 }
 
 #[derive(Debug)]
@@ -274,10 +276,11 @@ impl Connections {
                 }
                 Decision::Denied(refusal) => {
                     let why = format!("{}: {}", refusal.flag, refusal.why);
-                    if let Some(policy) = refusal.policy {
+                    if let Some(policy) = &refusal.policy {
                         entry.details.lock().policy = Some(policy.to_string());
                     }
-                    entry.cut.send_replace(Some(Cut { flag: Flag::PolicyChanged, why }));
+                    let cut = Cut { flag: Flag::PolicyChanged, why, policy: refusal.policy };
+                    entry.cut.send_replace(Some(cut));
                     swept.cut += 1;
                 }
             }
@@ -290,7 +293,7 @@ impl Connections {
         let mut cut = 0;
         for entry in self.all() {
             if &*entry.accepted.owner.uid == uid && which(entry.details.lock().path) {
-                entry.cut.send_replace(Some(Cut { flag, why: flag.text().to_owned() }));
+                entry.cut.send_replace(Some(Cut { flag, why: flag.text().to_owned(), policy: None }));
                 cut += 1;
             }
         }
@@ -327,7 +330,9 @@ impl Entry {
             return Decision::Stays;
         }
         let verdict = self.accepted.owner.workload(world).and_then(|own| match &self.accepted.subject {
-            Subject::Inbound(arrival) => inbound::admit(world, &own, arrival).map(|_| ()),
+            Subject::Inbound(arrival) => {
+                inbound::admit(world, &own, arrival).map(|admission| self.admitted(&admission))
+            }
             // Only a decision against the connection ends it: that an endpoint would not be chosen today says nothing
             // about one that is in use.
             Subject::Outbound(request) => match outbound::plan(world, &own, request) {
@@ -347,6 +352,13 @@ impl Entry {
             }
             Err(refusal) => Decision::Denied(refusal),
         }
+    }
+
+    /// What decides about it may be another policy than the one that let it in.
+    fn admitted(&self, admission: &inbound::Admission) {
+        let mut details = self.details.lock();
+        details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
+        details.reason = Some(explain::admission(admission));
     }
 
     fn listed(&self, id: u64) -> Listed {

@@ -22,7 +22,7 @@ use crate::{
     inbound::arrival,
     kernel::{DirectFlow, Events, Kernel, KernelEvent, PodSlot, flag_of},
     pods::{Pod, Table},
-    report::{self, Told},
+    report::{self, Failure, Told},
     world::not_known_yet,
 };
 
@@ -150,6 +150,14 @@ impl Direct {
             .collect())
     }
 
+    /// Closes the records of what goes on in the kernel while this process stops.
+    pub fn stop(&self) {
+        for (_, open) in self.open.lock().drain() {
+            open.arrival.closed(None);
+            open.record.fail(Flag::Drain, "the agent stops; the kernel carries the connection on");
+        }
+    }
+
     fn opened(&self, agent: &Agent, flow: &DirectFlow) {
         let (src, dst) = ends(agent, flow.src_pod, flow.src, flow.dst);
         let world = agent.world.now();
@@ -197,12 +205,20 @@ impl Direct {
         counters.add_b_to_a(received_bytes);
         arrival.received_bytes.inc_by(sent_bytes);
         arrival.sent_bytes.inc_by(received_bytes);
-        let flag = cut.then_some(Flag::PolicyChanged);
-        arrival.closed(flag);
-        match flag {
-            Some(flag) => record.fail(flag, flag.text()),
-            None => record.close(Outcome::Complete),
+        if !cut {
+            arrival.closed(None);
+            return record.close(Outcome::Complete);
         }
+        arrival.closed(Some(Flag::PolicyChanged));
+        let failure = match judge(agent, flow.src_pod, flow.src, flow.dst) {
+            Some(refusal) => Failure {
+                flag: Flag::PolicyChanged,
+                error: refusal.to_string(),
+                policy: refusal.policy.map(|key| key.to_string()),
+            },
+            None => Failure::new(Flag::PolicyChanged, Flag::PolicyChanged.text()),
+        };
+        report::close(record, Err(failure));
     }
 }
 
@@ -249,6 +265,21 @@ fn ends(
     let table = agent.pods.borrow().clone();
     let own = by_slot(&table).get(&src_pod).and_then(|pod| pod.owner.workload(&world).ok());
     (own.or_else(|| world.workload_by_ip(src.ip()).cloned()), world.workload_by_ip(dst.ip()).cloned())
+}
+
+/// What policy says against a direct flow now, if anything.
+fn judge(agent: &Agent, src_pod: PodSlot, src: SocketAddr, dst: SocketAddr) -> Option<Refusal> {
+    let (source, destination) = ends(agent, src_pod, src, dst);
+    let (world, source, destination) = (agent.world.now()?, source?, destination?);
+    let arrival = arrival(Some(source.identity()), chosen(Some(&source), src, dst), dst, None);
+    inbound::admit(&world, &destination, &arrival).err()
+}
+
+/// The client's end; what it would have been, where connect was refused before the kernel chose an address.
+fn chosen(source: Option<&Workload>, src: SocketAddr, dst: SocketAddr) -> SocketAddr {
+    let own = source.filter(|_| src.ip().is_unspecified());
+    let address = own.and_then(|own| own.addresses.iter().find(|ip| ip.is_ipv4() == dst.is_ipv4()));
+    address.map_or(src, |address| SocketAddr::new(*address, src.port()))
 }
 
 /// Tells what the kernel did, until the drain is forced.
@@ -299,25 +330,20 @@ fn refused(
     text: &str,
 ) {
     let (source, destination) = ends(agent, src_pod, src, dst);
+    let src = chosen(source.as_deref(), src, dst);
     let mut record = AccessRecord::open(Side::Outbound, Some(src));
     record.details.src = report::party(src, source.as_deref(), None);
     record.details.dst = report::party(dst, destination.as_deref(), None);
     record.details.path = Some(Path::Direct);
     let world = agent.world.now();
-    let (mut flag, mut error) = (flag, text.to_owned());
-    if let (Flag::PolicyDenied, Some(world), Some(source), Some(destination)) =
-        (flag, &world, &source, &destination)
-    {
-        let arrival = arrival(Some(source.identity()), src, dst, None);
-        if let Err(refusal) = inbound::admit(world, destination, &arrival) {
-            (flag, error) = (refusal.flag, refusal.why);
-            record.details.policy = refusal.policy.map(|key| key.to_string());
-        }
-    }
+    let failure = match judge(agent, src_pod, src, dst).filter(|_| flag == Flag::PolicyDenied) {
+        Some(refusal) => Failure::from(refusal),
+        None => Failure::new(flag, text),
+    };
     if let (Some(world), Some(source), Some(dialled)) = (&world, &source, dialled) {
         let service = world.service_by_vip(&source.namespace, dialled.ip());
         record.details.service = service.map(|service| service.key.hostname.to_string());
     }
     Told { source, destination, ..Told::default() }.count(&mut record, &agent.metrics, Side::Outbound);
-    record.fail(flag, error);
+    report::close(record, Err(failure));
 }

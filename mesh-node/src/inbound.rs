@@ -1,11 +1,16 @@
 //! What arrives in tunnels: identity → admit → application → copy.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use mesh_core::{
     explain,
     id::Identity,
     inbound::{self, Arrival},
+    model::{Service, Workload},
+    snapshot::Snapshot,
     tunnel,
 };
 use mesh_net::{
@@ -120,7 +125,8 @@ async fn relay(
     live: &Live,
 ) -> Result<(), Failure> {
     let from = incoming.peer_addr;
-    if let Err(failure) = admitted(at, arrival, (from, to), record, live).await {
+    let hint = incoming.headers.forwarded.as_deref().and_then(|line| tunnel::forwarded_host(line.as_bytes()));
+    if let Err(failure) = admitted(at, arrival, Between { from, to, hint }, record, live).await {
         return Err(refuse(incoming, failure));
     }
     let mut app = match at.agent.dial_app(&at.pod, from.ip(), to).await {
@@ -155,6 +161,23 @@ pub fn arrival(
     Arrival { peer, source_ip: from.ip(), destination_ip: to.ip(), port: to.port(), claimed_client }
 }
 
+/// The service of this pod that the peer says it was asked for; a hint for logs and metrics.
+fn hinted(world: &Snapshot, own: &Workload, host: &str) -> Option<Arc<Service>> {
+    let key = own.services.keys().find(|key| &*key.hostname == host)?;
+    world.service(key).cloned()
+}
+
+/// What a connection in runs between, and what its peer says about it.
+#[derive(Clone, Copy)]
+pub struct Between<'a> {
+    /// The client, or the other end of its tunnel.
+    pub from: SocketAddr,
+    /// The application.
+    pub to: SocketAddr,
+    /// Host name of the service that was addressed.
+    pub hint: Option<&'a str>,
+}
+
 /// Asks policy, and tells record, metrics and list what came of it.
 ///
 /// # Errors
@@ -162,7 +185,7 @@ pub fn arrival(
 pub async fn admitted(
     at: &Site,
     arrival: &Arrival,
-    (from, to): (SocketAddr, SocketAddr),
+    Between { from, to, hint }: Between<'_>,
     record: &mut AccessRecord,
     live: &Live,
 ) -> Result<(), Failure> {
@@ -186,12 +209,14 @@ pub async fn admitted(
         record.details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
         record.details.reason = Some(explain::admission(admission));
     }
+    let service = hint.and_then(|host| hinted(world.as_deref()?, own.as_deref()?, host));
+    record.details.service = service.as_ref().map(|service| service.key.hostname.to_string());
     let told = Told {
         source,
         source_identity: proven,
         destination: own,
         destination_identity: own_identity,
-        service: None,
+        service,
     };
     told.count(record, &at.agent.metrics, Side::Inbound);
     report::show(live, record);

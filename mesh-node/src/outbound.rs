@@ -187,7 +187,8 @@ impl Route {
                 told: told(None, None, false),
             },
             Plan::Plain { to, workload, service } => Self {
-                path: Path::Plain,
+                // For whoever looks at it, a workload outside the mesh is passed through like any other address.
+                path: Path::Passthrough,
                 hop: *to,
                 authority: None,
                 reason,

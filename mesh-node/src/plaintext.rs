@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use crate::{
     agent::Site,
     connections::{Accepted, Live, Subject},
-    inbound::{admitted, arrival},
+    inbound::{Between, admitted, arrival},
     outbound::ended,
     report::{self, Failure},
 };
@@ -72,7 +72,7 @@ async fn relay(
 ) -> Result<(), Failure> {
     let _ = socket::tune(client);
     report::show(live, record);
-    admitted(at, arrival, (from, to), record, live).await?;
+    admitted(at, arrival, Between { from, to, hint: None }, record, live).await?;
     let mut app = at.agent.dial_app(&at.pod, from.ip(), to).await?;
     copy_bidirectional(client, &mut app, &record.counters()).await?;
     Ok(())

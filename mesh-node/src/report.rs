@@ -86,7 +86,7 @@ impl From<CopyError> for Failure {
 
 impl From<Cut> for Failure {
     fn from(cut: Cut) -> Self {
-        Self::new(cut.flag, cut.why)
+        Self { flag: cut.flag, error: cut.why, policy: cut.policy.map(|key| key.to_string()) }
     }
 }
 
