@@ -165,6 +165,18 @@ impl World {
     /// # Errors
     /// When `meshctl local up` fails or the mesh does not come into force.
     pub fn up(label: &str, files: &[(&str, &str)]) -> anyhow::Result<Self> {
+        Self::up_with(label, files, &[])
+    }
+
+    /// The same, with environment for the mesh's own programs.
+    ///
+    /// # Errors
+    /// As [`World::up`].
+    pub fn up_with(
+        label: &str,
+        files: &[(&str, &str)],
+        environment: &[(&str, &str)],
+    ) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("undermesh-test-").tempdir()?;
         for (name, text) in files {
             fs::write(folder.path().join(name), text)?;
@@ -173,7 +185,8 @@ impl World {
         let name = format!("{label}-{}-{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
         let world = Self { name, folder, meshctl: program("meshctl")? };
         let folder = world.folder.path().to_owned();
-        world.meshctl(&["local", "up", &folder.to_string_lossy(), "--name", &world.name])?;
+        let arguments = ["local", "up", &folder.to_string_lossy(), "--name", &world.name];
+        checked(Command::new(&world.meshctl).args(arguments).envs(environment.iter().copied()))?;
         world.in_force()?;
         Ok(world)
     }
@@ -360,14 +373,23 @@ impl World {
     /// # Errors
     /// When it exits non-zero; with its output.
     pub fn meshctl(&self, arguments: &[&str]) -> anyhow::Result<Output> {
-        let output = Command::new(&self.meshctl).args(arguments).output().context("run meshctl")?;
-        if !output.status.success() {
-            let (out, err) =
-                (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            bail!("meshctl {}: {}\n{out}{err}", arguments.join(" "), output.status);
-        }
-        Ok(output)
+        checked(Command::new(&self.meshctl).args(arguments))
     }
+
+    /// Folder of the mesh's own state.
+    pub fn state(&self) -> PathBuf {
+        PathBuf::from("/run/undermesh/local").join(&self.name)
+    }
+}
+
+/// Runs a program to its end.
+fn checked(command: &mut Command) -> anyhow::Result<Output> {
+    let output = command.output().context("run meshctl")?;
+    if !output.status.success() {
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("{command:?}: {}\n{out}{err}", output.status);
+    }
+    Ok(output)
 }
 
 fn end(pid: u32) -> anyhow::Result<()> {

@@ -300,9 +300,7 @@ fn what_both_leave_the_next_command_removes() -> anyhow::Result<()> {
     kill(guardian, Signal::SIGSTOP)?;
     kill_hard(&status["supervisor"])?;
     kill(guardian, Signal::SIGKILL)?;
-    wait::until_true("the crash to be noticed", || {
-        !mesh.run(&["status"]).is_ok_and(|out| out.status.success())
-    })?;
+    ensure!(mesh.run(&["down"])?.status.success());
     traces.none_is_left()
 }
 
