@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -10,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::{
-    mesh::{Fetched, Mesh, Pod, Status},
+    mesh::{Fetched, Mesh, Node, Pod, Status},
     teller::{Teller, until},
     wire::Capture,
 };
@@ -142,7 +143,7 @@ fn identity(mesh: &Mesh, teller: &mut Teller) -> anyhow::Result<()> {
     teller.command(
         "meshctl local exec --name demo -n bookinfo client -- bash -c 'exec 3<>/dev/tcp/details/9080 …'",
     );
-    let far = connection(mesh, &status, "node-b", "inbound", &client)?;
+    let far = connection(mesh, status.node("node-b")?, &client, status.pod("details-v1")?)?;
     let evidence = format!("{} at {} by path {}", far.peer, far.to, far.path);
     teller.holds("across nodes", far.path == "tunnel", evidence)?;
     drop(held);
@@ -150,7 +151,7 @@ fn identity(mesh: &Mesh, teller: &mut Teller) -> anyhow::Result<()> {
     teller.command(
         "meshctl local exec --name demo -n bookinfo client -- bash -c 'exec 3<>/dev/tcp/productpage/9080 …'",
     );
-    let near = connection(mesh, &status, "node-a", "", &client)?;
+    let near = connection(mesh, status.node("node-a")?, &client, status.pod("productpage-v1")?)?;
     let evidence = format!("{} at {} by path {}: decided by the kernel", near.peer, near.to, near.path);
     teller.holds("on one node", near.path == "direct", evidence)?;
     drop(held);
@@ -163,22 +164,16 @@ struct Seen {
     path: String,
 }
 
-/// The live connection of a client as an agent lists it; any direction when none is named.
-fn connection(
-    mesh: &Mesh,
-    status: &Status,
-    node: &str,
-    direction: &str,
-    client: &str,
-) -> anyhow::Result<Seen> {
-    let node = status.node(node)?;
+/// The live connection of a client to a server as an agent lists it.
+fn connection(mesh: &Mesh, node: &Node, client: &str, server: &Pod) -> anyhow::Result<Seen> {
+    let ours: Vec<String> = server.ips.iter().map(|ip| SocketAddr::new(*ip, 9080).to_string()).collect();
     until("the connection to be listed", Duration::from_secs(8), || {
         let all = mesh.admin(node, "/connections")?;
-        let ours = |connection: &&Value| {
-            connection["src"]["identity"] == *client
-                && connection["direction"].as_str().is_some_and(|known| known.contains(direction))
+        let is_ours = |connection: &&Value| {
+            let to = connection["dst"]["addr"].as_str().unwrap_or_default();
+            connection["src"]["identity"] == *client && ours.iter().any(|address| address == to)
         };
-        let Some(found) = all.as_array().into_iter().flatten().find(ours) else {
+        let Some(found) = all.as_array().into_iter().flatten().find(is_ours) else {
             return Ok(Err(format!("{} lists {all}", node.name)));
         };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -208,7 +203,8 @@ fn policy(mesh: &Mesh, teller: &mut Teller) -> anyhow::Result<()> {
     let got = mesh.get(NAMESPACE, "client", &[PAGE])?;
     let evidence = format!("\"{NO_DETAILS}\" on the page, {} ms after the edit", took.as_millis());
     teller.holds("a policy that allows nobody", got.body.contains(NO_DETAILS), evidence)?;
-    let line = logged(mesh, &["POLICY_DENIED", "bookinfo-productpage", "details"])?;
+    let line =
+        logged(mesh, &["POLICY_DENIED", "bookinfo-productpage", "policy=\"bookinfo/details-viewer\""])?;
     teller.holds("with the reason in the access record", true, line)?;
 
     mesh.apply("4-details-productpage.yaml", "details-policy.yaml")?;
