@@ -120,7 +120,8 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     for pod in served(&agent) {
         pod.shutdown(GOODBYE).await;
     }
-    tasks.shutdown(GOODBYE).await;
+    // Some of these never end by themselves; tunnels say goodbye in a tenth of a second.
+    tasks.shutdown(GOODBYE / 4).await;
     agent.direct.stop();
     for socket in [&config.enrol_socket, &config.admin_socket] {
         let _ = std::fs::remove_file(socket);

@@ -132,6 +132,7 @@ impl EnrolError {
     pub fn flag(&self) -> Flag {
         match self {
             Self::Record(_) | Self::Conflict { .. } => Flag::MalformedRequest,
+            Self::Netns(error) if error.is_the_callers() => Flag::MalformedRequest,
             Self::Kernel(error) => error.flag(),
             Self::Draining => Flag::Drain,
             _ => Flag::Internal,
@@ -143,7 +144,7 @@ impl EnrolError {
         match self {
             Self::Record(_) => 400,
             Self::Conflict { .. } => 409,
-            Self::Netns(NetnsError::Open { .. } | NetnsError::Own { .. }) => 422,
+            Self::Netns(error) if error.is_the_callers() => 422,
             Self::Draining => 503,
             _ => 500,
         }

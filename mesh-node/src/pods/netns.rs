@@ -25,7 +25,7 @@ pub enum NetnsError {
         #[source]
         source: io::Error,
     },
-    /// The file is no network namespace, or the agent may not enter it.
+    /// The agent may not enter it.
     #[error("enter the network namespace {}", path.display())]
     Enter {
         /// What was entered.
@@ -33,6 +33,12 @@ pub enum NetnsError {
         /// Why it failed.
         #[source]
         source: io::Error,
+    },
+    /// The file is something else.
+    #[error("{} is not a network namespace", path.display())]
+    Other {
+        /// What was opened.
+        path: PathBuf,
     },
     /// It is the agent's own namespace: a pod of the host's network cannot be enrolled.
     #[error("{} is the agent's own network namespace", path.display())]
@@ -43,6 +49,13 @@ pub enum NetnsError {
     /// The thread that entered it panicked.
     #[error("the work inside the network namespace panicked")]
     Panicked,
+}
+
+impl NetnsError {
+    /// Whether the path is what is wrong.
+    pub fn is_the_callers(&self) -> bool {
+        matches!(self, Self::Open { .. } | Self::Other { .. } | Self::Own { .. })
+    }
 }
 
 /// Which namespace a path leads to, as the file system tells it.
@@ -150,6 +163,9 @@ impl Netns {
     }
 
     fn refused(&self, source: io::Error) -> NetnsError {
+        if source.kind() == io::ErrorKind::InvalidInput {
+            return NetnsError::Other { path: self.path.to_path_buf() };
+        }
         NetnsError::Enter { path: self.path.to_path_buf(), source }
     }
 }
@@ -222,7 +238,7 @@ mod tests {
     fn the_agents_own_namespace_and_ordinary_files_are_refused() {
         assert!(matches!(Netns::open(Path::new("/proc/self/ns/net")), Err(NetnsError::Own { .. })));
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(Netns::open(file.path()), Err(NetnsError::Enter { .. })));
+        assert!(matches!(Netns::open(file.path()), Err(NetnsError::Other { .. })));
         assert!(matches!(Netns::open(Path::new("/proc/1/ns/none")), Err(NetnsError::Open { .. })));
     }
 }
