@@ -155,7 +155,7 @@ fn matching(fixture: &Fixture) -> anyhow::Result<()> {
     fixture.world.apply(&[("route.yaml", ROUTE)])?;
     for family in [Family::V4, Family::V6] {
         for (path, lines, version) in [
-            ("/split", "end-user: jason\r\n", "v2"),
+            ("/", "end-user: jason\r\n", "v2"),
             ("/only-v1", "", "v1"),
             ("/only-v1?q=1", "", "v1"),
             // An exact path is more specific than any header match.

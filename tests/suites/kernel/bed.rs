@@ -360,6 +360,13 @@ impl Bed {
         fs::read_dir(links).unwrap().map(program).collect()
     }
 
+    /// Lets what `from` sends to `to` get lost on the way, or no more.
+    pub fn lose(&self, from: &Pod, to: &Pod, lost: bool) {
+        let verb = if lost { "replace" } else { "del" };
+        let wrong = if lost { " lladdr 02:00:00:00:00:01 nud permanent" } else { "" };
+        ip(&format!("-n {} neigh {verb} {}{wrong} dev eth0", from.name, to.v4));
+    }
+
     /// Makes the next start take the attached programs for those of another object.
     pub fn forget_object(&self) {
         let path = Path::new(BPFFS).join("undermesh/v1").join(&self.node).join("maps/CONFIG");

@@ -253,6 +253,29 @@ fn a_full_map_refuses_and_never_lets_through() {
     assert_eq!(server.accepted().len(), 1);
 }
 
+/// The SYN is let in, the SYN-ACK gets lost, policy changes, and only then the handshake is completed.
+#[test]
+fn a_policy_that_changes_during_the_handshake_is_seen_at_its_end() {
+    let bed = Bed::new();
+    let (b, out) = (bed.pod("b"), bed.outside());
+    let mut agent = bed.agent();
+    let sb = bed.enrol(&mut agent, &b);
+    let _server = bed.serve(&b, 8080);
+    let (from, to) = (SocketAddr::new(out.v4, 40000), SocketAddr::new(b.v4, 8080));
+    let generation = agent.kernel.generation().unwrap();
+    let record = FlowRecord { kind: FLOW_DIRECT, generation, flags: 2, ..FlowRecord::default() };
+    bed.plant(&agent, sb.netns, from, to, record);
+    bed.lose(&b, &out, true);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| within(&out.netns, || crate::bed::dial_from(from, to)));
+        until("the SYN to be let in", || agent.count(Reason::LookupAuthorised) == 1);
+        agent.verdicts(&[(PodSlot { netns: 0, id: 900 }, sb, DENY)]);
+        bed.lose(&b, &out, false);
+        assert!(client.join().unwrap().and_then(greeting).is_err());
+    });
+    assert_eq!(agent.count(Reason::OpenedStale), 1);
+}
+
 /// A record of the wrong place, generation or kind permits nothing, whatever the address says.
 #[test]
 fn only_a_record_of_this_place_and_policy_lets_in() {

@@ -154,6 +154,10 @@ fn a_pod_that_leaves_keeps_its_direct_connections() {
     agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
     let (mut stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
     agent.kernel.release(sb, Release::Leave).unwrap();
+    // Reached as before, at once.
+    let out = bed.outside();
+    let (again, seen) = out.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
+    assert_eq!(again.local_addr().unwrap(), seen);
     agent.verdicts(&[]);
     stream.write_all(b"x").unwrap();
     stream.read_exact(&mut [0]).unwrap();
