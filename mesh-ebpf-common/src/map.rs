@@ -43,6 +43,10 @@ pub const MAX_OWN_FLOWS: u32 = 1 << 20;
 /// Ring buffer of events, bytes.
 pub const EVENT_BYTES: u32 = 1 << 20;
 
+/// Elements of `COUNTERS`: more than there are reasons, so that a new reason is no new layout.
+pub const MAX_REASONS: u32 = 64;
+const _: () = assert!(crate::reason::Reason::ALL.len() <= MAX_REASONS as usize);
+
 /// Slots of one pod in `LISTENERS`.
 pub const SLOTS_PER_POD: u32 = 6;
 /// Outbound listener, IPv4; IPv6 follows.

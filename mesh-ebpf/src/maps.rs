@@ -20,8 +20,8 @@ use mesh_ebpf_common::{
     event::Event,
     map::{
         Config, EVENT_BYTES, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, MAX_ADDRESSES,
-        MAX_ENDPOINTS, MAX_FLOWS, MAX_OWN_FLOWS, MAX_PODS, MAX_SERVICES, MAX_VERDICTS, POD_CAPTURE, PodEntry,
-        SLOTS_PER_POD, Service, ServiceKey, SocketState, VerdictEntry, VerdictKey,
+        MAX_ENDPOINTS, MAX_FLOWS, MAX_OWN_FLOWS, MAX_PODS, MAX_REASONS, MAX_SERVICES, MAX_VERDICTS,
+        POD_CAPTURE, PodEntry, SLOTS_PER_POD, Service, ServiceKey, SocketState, VerdictEntry, VerdictKey,
     },
     reason::Reason,
     verdict::World,
@@ -51,7 +51,7 @@ pub static OWN_FLOWS: HashMap<FlowKey, FlowRecord> =
 #[map]
 pub static LISTENERS: SockMap = SockMap::with_max_entries(MAX_PODS * SLOTS_PER_POD, 0);
 #[map]
-static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::ALL.len() as u32, 0);
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_REASONS, 0);
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(EVENT_BYTES, 0);
 #[btf_map]

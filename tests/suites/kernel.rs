@@ -1,4 +1,5 @@
 //! The real object in the real kernel: each rule of the capture has a test that fails without it. Needs root.
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic like the tests themselves")]
 
 #[path = "kernel/arrivals.rs"]
 mod arrivals;

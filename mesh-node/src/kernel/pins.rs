@@ -4,13 +4,14 @@
 use std::{
     fs::{self, File},
     io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use mesh_ebpf_common::LAYOUT;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::types::KernelError;
+use super::{sys, types::KernelError};
 
 /// One agent's directory, locked.
 #[derive(Debug)]
@@ -42,6 +43,14 @@ impl Pins {
     /// Where one link is.
     pub fn link(&self, name: &str) -> PathBuf {
         self.root.join("links").join(name)
+    }
+
+    /// Detaches and removes one link, if it is there.
+    ///
+    /// # Errors
+    /// When bpffs refuses.
+    pub fn remove_link(&self, name: &str) -> Result<(), KernelError> {
+        unpin(&self.link(name))
     }
 
     /// Names of the links that are there.
@@ -118,12 +127,25 @@ fn remove(path: &Path) -> Result<(), KernelError> {
     for part in ["links", "maps"] {
         let part = path.join(part);
         for name in present(&part)? {
-            fs::remove_file(part.join(&name))
-                .map_err(KernelError::io(format!("remove {}", part.join(&name).display())))?;
+            unpin(&part.join(&name))?;
         }
         let _ = fs::remove_dir(&part);
     }
     fs::remove_dir(path).map_err(KernelError::io(format!("remove {}", path.display())))
+}
+
+/// Removes a pin. What a link attaches is detached at once: by itself it would be some time later.
+fn unpin(path: &Path) -> Result<(), KernelError> {
+    if path.parent().is_some_and(|part| part.ends_with("links")) {
+        // A link whose namespace is gone has nothing to detach.
+        let _ = sys::object(path).and_then(|link| sys::detach(link.as_fd()));
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(KernelError::io(format!("remove {}", path.display()))(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn present(path: &Path) -> Result<Vec<String>, KernelError> {

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::{IpAddr, TcpListener},
     os::fd::{AsFd as _, AsRawFd as _},
 };
@@ -141,6 +140,11 @@ impl Inner {
             return Ok(());
         };
         self.maps.pods.set(&pod.netns, &PodEntry { flags: 0, ..entry })?;
+        let link = load::inbound_link(pod.netns);
+        if how == Release::Leave {
+            // From here on its application is reached as before it was enrolled.
+            self.pins.remove_link(&link)?;
+        }
         for (ip, local) in self.maps.local.entries()? {
             if local.netns == pod.netns {
                 self.maps.local.remove(&ip)?;
@@ -149,13 +153,7 @@ impl Inner {
         self.forget_verdicts(pod.id)?;
         self.raise_generation()?;
         self.end_flows(pod.netns, how, served)?;
-        let link = self.pins.link(&load::inbound_link(pod.netns));
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(KernelError::io(format!("remove {}", link.display()))(error));
-            }
-            _ => {}
-        }
+        self.pins.remove_link(&link)?;
         for slot in 0..SLOTS_PER_POD {
             // An empty slot is an error of the library's, not ours.
             let _ = self.maps.listeners.lock().clear_index(&(entry.slot + slot));
@@ -209,8 +207,7 @@ impl Inner {
                 continue;
             };
             if self.maps.pods.get(&netns)?.is_none() {
-                let path = self.pins.link(&name);
-                fs::remove_file(&path).map_err(KernelError::io(format!("remove {}", path.display())))?;
+                self.pins.remove_link(&name)?;
             }
         }
         Ok(())

@@ -16,6 +16,7 @@ use aya::Pod;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Calls `bpf(2)`.
 fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
@@ -54,6 +55,11 @@ pub fn replace(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> 
     }
     let (link, program) = (link.as_raw_fd(), program.as_raw_fd());
     bpf(BPF_LINK_UPDATE, &mut Attributes { link, program, flags: 0, old_program: 0 }).map(drop)
+}
+
+/// Ends a link now. Closing its last descriptor, or removing its pin, ends it some time later.
+pub fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &mut link.as_raw_fd()).map(drop)
 }
 
 /// Elements asked for at a time.

@@ -301,12 +301,12 @@ fn only_a_record_of_this_place_and_policy_lets_in() {
     };
     assert_eq!(attempt(good, sb.netns), (true, 1));
     // Another namespace's: as if there were none, through the agent (which cannot keep the port).
-    assert_eq!(attempt(good, sb.netns + 1).0, false);
+    assert!(!attempt(good, sb.netns + 1).0);
     assert_eq!(attempt(FlowRecord { generation: generation + 1, ..good }, sb.netns), (false, 0));
     assert_eq!(attempt(FlowRecord { generation: generation - 1, ..good }, sb.netns), (false, 0));
     assert_eq!(attempt(FlowRecord { kind: 4, ..good }, sb.netns), (false, 0));
     // Its socket has not seen the SYN-ACK: somebody else completed the handshake, and is cut.
     let opened = agent.count(Reason::OpenedForged);
-    assert_eq!(attempt(FlowRecord { flags: 0, ..good }, sb.netns).0, false);
+    assert!(!attempt(FlowRecord { flags: 0, ..good }, sb.netns).0);
     assert_eq!(agent.count(Reason::OpenedForged), opened + 1);
 }

@@ -204,7 +204,7 @@ fn clean_removes_every_pin() {
         removed = clean(Path::new("/sys/fs/bpf"), CleanWhat::Node(&bed.node)).unwrap_or_default();
         !removed.is_empty()
     });
-    assert_eq!(removed, [pins.clone()]);
+    assert_eq!(removed, std::slice::from_ref(&pins));
     assert!(!pins.exists());
     // Nothing captures the pod any more.
     let out = bed.outside();
