@@ -236,12 +236,17 @@ fn alive<T>(
     ask: impl FnOnce() -> std::io::Result<T>,
 ) -> anyhow::Result<T> {
     if guardian::running(layout) {
-        return ask().with_context(|| {
-            format!(
-                "the supervisor of `{name}` does not answer; its log is {}",
-                layout.log("supervisor").display()
-            )
-        });
+        match ask() {
+            Ok(answer) => return Ok(answer),
+            Err(error) if guardian::running(layout) => {
+                let log = layout.log("supervisor");
+                return Err(error).with_context(|| {
+                    format!("the supervisor of `{name}` does not answer; its log is {}", log.display())
+                });
+            }
+            // It ended while it was asked.
+            Err(_) => {}
+        }
     }
     if layout.dir().exists() {
         guardian::clean(layout, group)?;

@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::layout::insist;
+
 /// Our folder at the root of the hierarchy; one group per mesh in it.
 const OURS: &str = "undermesh-local";
 /// The kernel ends the processes of a killed group at once; this is for a machine under load.
@@ -41,12 +43,25 @@ impl Group {
         &self.0
     }
 
-    /// Makes it; nothing happens when it exists.
+    /// Makes the group of a mesh; nothing happens when it exists.
     ///
     /// # Errors
     /// When the hierarchy is read-only.
     pub fn create(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.0)
+        // The folder of all meshes goes with the last of them, which may be this moment.
+        insist(|| fs::create_dir_all(&self.0))
+    }
+
+    /// Makes a group inside one that exists. Where the outer one was removed meanwhile, the mesh is ending and gets
+    /// no new processes.
+    ///
+    /// # Errors
+    /// When there is no outer group.
+    pub fn create_inside(&self) -> io::Result<()> {
+        match fs::create_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            result => result,
+        }
     }
 
     /// Ends every process in it and below, waits for them, and removes the groups. Fine when it does not exist.
@@ -57,9 +72,13 @@ impl Group {
         if !self.0.exists() {
             return Ok(());
         }
-        fs::write(self.0.join("cgroup.kill"), "1")?;
         let deadline = Instant::now() + EMPTY_DEADLINE;
         loop {
+            // Each time: a process may have been on its way in. Someone else may have removed the group by now.
+            match fs::write(self.0.join("cgroup.kill"), "1") {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             match remove_tree(&self.0) {
                 Ok(()) => break,
                 Err(error) if Instant::now() > deadline => return Err(error),

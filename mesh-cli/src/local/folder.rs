@@ -4,9 +4,15 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::document::{Document, Problem, parse};
+
+/// Between two readings of a folder that is being written.
+const SETTLE: Duration = Duration::from_millis(30);
+/// A folder that is written without end is taken as it is after so many readings.
+const SETTLE_LOOKS: usize = 20;
 
 /// One file of the folder.
 #[derive(Clone, Debug, Default)]
@@ -50,6 +56,12 @@ impl Folder {
         changed
     }
 
+    /// Whether these texts are what it was made of.
+    fn is(&self, texts: &BTreeMap<String, String>) -> bool {
+        texts.len() == self.files.len()
+            && texts.iter().all(|(path, text)| self.files.get(path).is_some_and(|file| file.text == *text))
+    }
+
     /// All objects, in the order of files and lines.
     pub fn documents(&self) -> impl Iterator<Item = &Document> {
         self.files.values().flat_map(|file| &file.documents)
@@ -65,6 +77,27 @@ impl Folder {
 pub fn is_object_file(path: &Path) -> bool {
     let hidden = path.file_name().and_then(|name| name.to_str()).is_none_or(|name| name.starts_with('.'));
     !hidden && path.extension().is_some_and(|ext| ext == "yaml" || ext == "yml" || ext == "json")
+}
+
+/// Reads the folder as [`read`] does, and where it differs from `known` reads until two readings agree: many programs
+/// write a file by emptying it first, and an empty file would end everything that it asked for.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_settled(root: &Path, known: &Folder) -> io::Result<BTreeMap<String, String>> {
+    let mut texts = read(root)?;
+    for _ in 0..SETTLE_LOOKS {
+        if known.is(&texts) {
+            break;
+        }
+        std::thread::sleep(SETTLE);
+        let again = read(root)?;
+        if again == texts {
+            break;
+        }
+        texts = again;
+    }
+    Ok(texts)
 }
 
 /// Reads every object file under `root`, subfolders included.
@@ -122,6 +155,22 @@ mod tests {
         assert_eq!((folder.documents().count(), folder.problems().count()), (1, 1));
         assert!(folder.take(texts(&[])));
         assert_eq!((folder.documents().count(), folder.problems().count()), (0, 0));
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.yaml");
+        fs::write(&path, POD).unwrap();
+        let mut known = Folder::default();
+        known.take(read_settled(dir.path(), &known).unwrap());
+        fs::write(&path, "").unwrap();
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(SETTLE / 3);
+            fs::write(&path, POD).unwrap();
+        });
+        assert_eq!(read_settled(dir.path(), &known).unwrap(), texts(&[("a.yaml", POD)]));
+        writer.join().unwrap();
     }
 
     #[test]

@@ -13,6 +13,9 @@ use super::expand::Key;
 /// Folder of all local meshes.
 const ROOT: &str = "/run/undermesh/local";
 
+/// Tries to remove a folder in which something may still appear.
+const REMOVALS: usize = 100;
+
 /// Paths of one mesh.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -104,8 +107,11 @@ impl Layout {
     /// # Errors
     /// When it exists, or `/run` is not writable.
     pub fn create(&self) -> io::Result<()> {
-        fs::create_dir_all(ROOT)?;
-        private_dir(&self.dir)?;
+        // Another mesh that was the last one may remove the folder of all meanwhile.
+        insist(|| {
+            fs::create_dir_all(ROOT)?;
+            private_dir(&self.dir)
+        })?;
         for below in ["objects", "credentials", "ca", "control", "pods", "logs"] {
             private_dir(&self.dir.join(below))?;
         }
@@ -117,13 +123,33 @@ impl Layout {
     /// # Errors
     /// When something cannot be removed.
     pub fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        let mut tries = 0;
+        loop {
+            match fs::remove_dir_all(&self.dir) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                // Something was made in it meanwhile; by processes that have ended, so not for long.
+                Err(_) if tries < REMOVALS => tries += 1,
+                Err(error) => return Err(error),
+                Ok(()) => break,
+            }
         }
         let _ = fs::remove_dir(ROOT);
         let _ = fs::remove_dir("/run/undermesh");
         Ok(())
+    }
+}
+
+/// Tries again where a folder above vanished in between.
+///
+/// # Errors
+/// What `make` fails with in the end.
+pub fn insist(mut make: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match make() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && tries < REMOVALS => tries += 1,
+            result => return result,
+        }
     }
 }
 

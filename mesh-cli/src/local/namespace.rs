@@ -213,7 +213,7 @@ impl Holder {
     /// # Errors
     /// When it cannot make them; with its own words.
     pub fn start(holding: &Holding<'_>) -> anyhow::Result<Self> {
-        holding.group.create().context("make a cgroup")?;
+        holding.group.create_inside().context("make a cgroup")?;
         let mut command = Command::new(SELF);
         command.arg0("meshctl");
         command.args(["internal", "pause", "--parent", &std::process::id().to_string(), "--cgroup"]);

@@ -258,7 +258,11 @@ impl Life {
     fn embody(&self, desired: &Desired) -> anyhow::Result<Body> {
         let PodBirth { layout, group, net, index, node, wanted, .. } = &self.birth;
         let dir = layout.pod(&wanted.key);
-        fs::create_dir_all(&dir)?;
+        // Not its parents: where they are gone, the mesh is ending.
+        match fs::create_dir(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
+            _ => {}
+        }
         let (hosts, resolv) = (dir.join("hosts"), dir.join("resolv.conf"));
         fs::write(&hosts, &desired.hosts)?;
         fs::write(&resolv, names::resolv_conf(&wanted.key.namespace))?;

@@ -152,7 +152,7 @@ impl Supervisor {
 
     /// Reads the folder and makes it so.
     fn reconcile(&mut self) {
-        match folder::read(&self.ground.folder) {
+        match folder::read_settled(&self.ground.folder, &self.folder) {
             Ok(texts) => {
                 self.folder.take(texts);
             }
