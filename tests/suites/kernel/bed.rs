@@ -581,8 +581,8 @@ fn pump(mut from: TcpStream, mut to: TcpStream) {
 impl Drop for Bed {
     fn drop(&mut self) {
         for node in [self.node.clone(), format!("{}-2", self.node)] {
-            // Relays may still hold the agent for a moment.
-            for _ in 0..100 {
+            // A relay that dials in vain holds the agent for up to its deadline.
+            for _ in 0..500 {
                 if clean(Path::new(BPFFS), CleanWhat::Node(&node)).is_ok() {
                     break;
                 }
