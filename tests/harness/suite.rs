@@ -4,6 +4,8 @@ use std::{process::ExitCode, sync::Arc};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use crate::world::{self, World};
+
 /// Cases of a suite that share the world `W`.
 pub struct Suite<W> {
     world: Arc<Result<W, String>>,
@@ -37,11 +39,17 @@ impl<W: Send + Sync + 'static> Suite<W> {
         }));
     }
 
-    /// Runs the cases in order, one at a time (they share the world's policies), and takes the world down.
+    /// Adds, as the last case, that the others have left nothing in the agents and in the kernel.
+    pub fn leaves_nothing(&mut self, world: fn(&W) -> &World) {
+        self.case("nothing_is_left_of_all_this", move |fixture| world(fixture).nothing_leaks());
+    }
+
+    /// Runs the cases in order, one at a time (they share the world's policies), and takes the world down. Fails too
+    /// when that leaves something behind.
     pub fn run(mut self) -> ExitCode {
         self.arguments.test_threads = Some(1);
         let conclusion = libtest_mimic::run(&self.arguments, self.trials);
         drop(self.world);
-        conclusion.exit_code()
+        if world::left_behind() { ExitCode::FAILURE } else { conclusion.exit_code() }
     }
 }

@@ -1,11 +1,12 @@
 //! A mesh in local mode: the product itself is the harness, there is no second one.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use anyhow::{Context as _, bail};
@@ -25,6 +26,17 @@ pub struct World {
     name: String,
     folder: TempDir,
     meshctl: PathBuf,
+    /// Descriptors of each agent when the world had come up.
+    descriptors: BTreeMap<String, usize>,
+}
+
+/// Descriptors that an agent may hold beyond those at its start: pooled tunnels outlive their streams for minutes.
+const POOLED_DESCRIPTORS: usize = 64;
+static LEFT_BEHIND: AtomicBool = AtomicBool::new(false);
+
+/// True when a world of this process could not be taken down without a trace.
+pub fn left_behind() -> bool {
+    LEFT_BEHIND.load(Ordering::Acquire)
 }
 
 /// A pod as `meshctl local status` describes it.
@@ -42,6 +54,9 @@ pub struct Pod {
     pub ips: Vec<IpAddr>,
     /// Captured and served.
     pub enrolled: bool,
+    /// The process that holds its namespaces.
+    #[serde(default)]
+    pub holder: Option<u32>,
     /// SPIFFE identity.
     #[serde(default)]
     pub identity: Option<String>,
@@ -183,12 +198,53 @@ impl World {
         }
         // The process id tells runs apart, the counter worlds of one run.
         let name = format!("{label}-{}-{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
-        let world = Self { name, folder, meshctl: program("meshctl")? };
+        let mut world = Self { name, folder, meshctl: program("meshctl")?, descriptors: BTreeMap::new() };
         let folder = world.folder.path().to_owned();
         let arguments = ["local", "up", &folder.to_string_lossy(), "--name", &world.name];
         checked(Command::new(&world.meshctl).args(arguments).envs(environment.iter().copied()))?;
-        world.in_force()?;
+        for node in world.in_force()?.nodes {
+            world.descriptors.insert(node.name.clone(), world.agent_descriptors(&node.name)?);
+        }
         Ok(world)
+    }
+
+    fn agent_descriptors(&self, node: &str) -> anyhow::Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.agent_pid(node)?))?.count())
+    }
+
+    /// Waits until no agent holds anything of a connection: no entry in a kernel map, none in its list, no descriptor.
+    ///
+    /// # Errors
+    /// When something stays; names it.
+    pub fn nothing_leaks(&self) -> anyhow::Result<()> {
+        for (node, before) in &self.descriptors {
+            wait::until("the agents to be empty", || {
+                let text = |error: anyhow::Error| format!("{error:#}");
+                let connections = self.connections(node).map_err(text)?;
+                if !connections.is_empty() {
+                    return Err(format!(
+                        "{node} lists {} connections: {:?}",
+                        connections.len(),
+                        connections[0]
+                    ));
+                }
+                let kernel = self.admin(node, "/kernel").map_err(text)?;
+                for map in ["FLOWS", "OWN_FLOWS"] {
+                    let entries = kernel["counters"]["maps"][map]["entries"].as_u64();
+                    if entries != Some(0) {
+                        return Err(format!("{node} has {entries:?} entries in {map}"));
+                    }
+                }
+                let now = self.agent_descriptors(node).map_err(text)?;
+                if now > before + POOLED_DESCRIPTORS {
+                    return Err(format!(
+                        "the agent of {node} holds {now} descriptors, {before} at its start"
+                    ));
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Writes one file of the folder; [`World::in_force`] tells when it holds.
@@ -399,9 +455,27 @@ fn end(pid: u32) -> anyhow::Result<()> {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if let Err(error) = self.meshctl(&["local", "down", "--name", &self.name]) {
-            eprintln!("taking the world down: {error:#}");
+        let processes = self.status().map(|status| status.processes()).unwrap_or_default();
+        let down = self.meshctl(&["local", "down", "--name", &self.name]).map(drop);
+        let gone = down.and_then(|()| {
+            wait::until_true("the world to be gone", || {
+                !self.state().exists()
+                    && !processes.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists())
+            })
+        });
+        if let Err(error) = gone {
+            eprintln!("taking the world {} down: {error:#}", self.name);
+            LEFT_BEHIND.store(true, Ordering::Release);
         }
+    }
+}
+
+impl Status {
+    /// Processes that end with the mesh; namespaces end with them.
+    fn processes(&self) -> Vec<u32> {
+        let holders = self.pods.iter().filter_map(|pod| pod.holder);
+        let agents = self.nodes.iter().filter_map(|node| node.agent_pid);
+        holders.chain(agents).chain(self.control.pid).collect()
     }
 }
 

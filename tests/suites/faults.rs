@@ -3,7 +3,7 @@
 
 use std::{net::TcpStream, process::ExitCode};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use mesh_tests::{
     Pod, Suite, World,
     peer::{Outcome, Server, ended, greet_and_echo, ping, talk},
@@ -83,6 +83,7 @@ fn main() -> ExitCode {
     suite.case("without_the_control_plane_everything_permitted_goes_on", control_killed);
     suite.case("leaving_the_mesh_keeps_direct_connections", leaving);
     suite.case("a_deleted_pod_ends_its_connections", deleted);
+    suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
 
@@ -180,8 +181,8 @@ fn leaving(fixture: &Fixture) -> anyhow::Result<()> {
     }
     let status = fixture.world.apply(&[("mesh.yaml", &text)])?;
     ensure!(status.pods.iter().all(|pod| !pod.enrolled), "a pod is still enrolled: {:?}", status.pods);
-    ping(&mut direct, b"direct, kept")?;
-    ping(&mut plain, b"plain, kept")?;
+    ping(&mut direct, b"direct, kept").context("direct")?;
+    ping(&mut plain, b"plain, kept").context("plain")?;
     fixture.open(&fixture.client, &fixture.far, Family::V4)?;
     let status = fixture.world.apply(&[(
         "mesh.yaml",

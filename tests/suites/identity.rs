@@ -183,6 +183,7 @@ fn main() -> ExitCode {
     suite.case("a_stated_client_is_not_believed", stated_client);
     suite.case("certificates_rotate_under_traffic_without_an_error", rotation);
     suite.case("without_the_ca_identities_expire_closed_and_come_back", ca_down);
+    suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
 

@@ -100,6 +100,7 @@ fn main() -> ExitCode {
     suite.case("a_forged_source_address_gains_nothing", forged_source);
     suite.case("a_stolen_address_gains_nothing", stolen_address);
     suite.case("between_nodes_only_tls_1_3_on_15008_is_seen", wire);
+    suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
 

@@ -56,11 +56,12 @@ fn main() -> ExitCode {
     suite.case("a_thousand_tunnelled_connections_at_once_show_the_clients_address", thousand_tunnelled);
     suite.case("a_thousand_plaintext_connections_at_once_show_the_clients_address", thousand_plaintext);
     suite.case("sixty_thousand_short_connections_without_an_address_error", short_connections);
+    suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
 
 struct Fixture {
-    _world: World,
+    world: World,
     client: Pod,
     near: Pod,
     far: Pod,
@@ -81,7 +82,7 @@ impl Fixture {
             far: world.pod("mesh/far")?,
             far2: world.pod("mesh/far2")?,
             outsider: world.pod("plain/outsider")?,
-            _world: world,
+            world,
         })
     }
 

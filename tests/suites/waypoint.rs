@@ -137,6 +137,7 @@ fn main() -> ExitCode {
     suite.case("an_unresolvable_backend_answers_500_and_no_rule_404", errors);
     suite.case("the_server_sees_the_mesh_and_no_forged_client_header", forged_header);
     suite.case("nothing_reaches_the_bound_ports_around_the_waypoint", required);
+    // Not `leaves_nothing`: the waypoint keeps idle connections to its endpoints on purpose.
     suite.run()
 }
 

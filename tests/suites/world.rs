@@ -213,6 +213,7 @@ fn main() -> ExitCode {
         });
     }
     suite.case("out_of_the_mesh_is_passed_through", passthrough);
+    suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
 

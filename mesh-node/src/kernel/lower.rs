@@ -10,7 +10,7 @@ use std::{
 use mesh_core::{
     balance,
     inbound::{self, Direct},
-    model::{LoadBalancing, Service, Visibility, Workload},
+    model::{LoadBalancing, Service, TunnelProtocol, Visibility, Workload},
     snapshot::Snapshot,
 };
 use mesh_ebpf_common::is_agent_port;
@@ -37,7 +37,14 @@ pub fn lower(world: &Snapshot, node: &str, pods: &[LocalWorkload]) -> KernelStat
 
 fn verdicts(world: &Snapshot, pods: &[LocalWorkload]) -> BTreeMap<(u32, u32, u16), PairVerdict> {
     let mut verdicts = BTreeMap::new();
-    for destination in pods {
+    // What is served here is in the mesh until it is released. The world may say earlier that a pod leaves; taking its
+    // verdicts back at that moment would cut the direct connections that it is to keep.
+    let served = |pod: &LocalWorkload| {
+        let workload = Workload { tunnel: TunnelProtocol::Hbone, ..(*pod.workload).clone() };
+        LocalWorkload { id: pod.id, workload: Arc::new(workload) }
+    };
+    let pods: Vec<_> = pods.iter().map(served).collect();
+    for destination in &pods {
         let interesting = inbound::ports_of_interest(world, &destination.workload);
         let other = port_besides(&interesting);
         for source in pods.iter().filter(|source| source.id != destination.id) {
