@@ -79,6 +79,14 @@ impl Kind {
             .map(|(this, ..)| *this)
     }
 
+    /// The policy that `apiVersion` and `kind` mean in a version that is not served: no API server would take it, and
+    /// it must not be passed over in silence.
+    pub fn misversioned_policy(api_version: &str, kind: &str) -> Option<Self> {
+        let (group, _) = api_version.split_once('/')?;
+        let of = Self::TABLE.iter().find(|(_, g, _, k)| *g == group && *k == kind).map(|(this, ..)| *this);
+        of.filter(|this| this.secures() && Self::of(api_version, kind).is_none())
+    }
+
     /// The name in YAML.
     pub fn name(self) -> &'static str {
         Self::TABLE.iter().find(|(this, ..)| *this == self).map_or("", |(.., name)| name)
@@ -269,5 +277,12 @@ mod tests {
         assert_eq!(Kind::of("networking.istio.io/v1", "Gateway"), None);
         assert_eq!(Kind::of("apps/v1", "Pod"), None);
         assert_eq!(Kind::of("v2", "Pod"), None);
+        let policy = "AuthorizationPolicy";
+        assert_eq!(
+            Kind::misversioned_policy("security.istio.io/v2", policy),
+            Some(Kind::AuthorizationPolicy)
+        );
+        assert_eq!(Kind::misversioned_policy("security.istio.io/v1", policy), None);
+        assert_eq!(Kind::misversioned_policy("gateway.networking.k8s.io/v2", "HTTPRoute"), None);
     }
 }

@@ -104,15 +104,20 @@ fn read_document(text: &str) -> Result<Json, (usize, String)> {
     serde_yaml_ng::from_str::<Json>(text).map_err(fault)
 }
 
-/// The documents of a file, each with its first line. A `---` line belongs to none.
+/// The documents of a file, each with its first line. Of a `---` line only what follows the dashes belongs to one.
 fn split(text: &str) -> Vec<(usize, String)> {
     let mut parts = Vec::new();
     let (mut first, mut part, mut last) = (1, String::new(), 0);
     for (index, line) in text.lines().enumerate() {
         last = index + 1;
-        if line.trim_end() == "---" || line.starts_with("--- ") {
+        let marker = line.strip_prefix("---").filter(|rest| rest.is_empty() || rest.starts_with([' ', '\t']));
+        if let Some(rest) = marker.map(str::trim) {
             parts.push((first, std::mem::take(&mut part)));
             first = last + 1;
+            if !rest.is_empty() && !rest.starts_with('#') {
+                first = last;
+                part = format!("{rest}\n");
+            }
         } else {
             part.push_str(line);
             part.push('\n');
@@ -157,7 +162,8 @@ impl Document<'_> {
             parsed.problems.push(self.problem(at, "", Unread { field: String::new(), reason }));
             return;
         }
-        let Some(known) = Kind::of(api_version, kind) else {
+        let misversioned = Kind::misversioned_policy(api_version, kind);
+        let Some(known) = Kind::of(api_version, kind).or(misversioned) else {
             let group = api_version.split_once('/').map_or("", |(group, _)| group);
             if OWN_GROUPS.contains(&group) {
                 let reason = format!("{kind} of {api_version} is not read by this mesh: it has no effect");
@@ -175,7 +181,14 @@ impl Document<'_> {
         };
         let key = ObjectKey::new(known, namespace, name);
         let origin = Origin { file: self.file.clone(), line: self.line(at, "") };
-        match check_names(&key).and_then(|()| read_object(known, value)) {
+        let served = match misversioned {
+            Some(_) => {
+                let reason = format!("{kind} is not served in {api_version:.80?}");
+                Err(Unread { field: "apiVersion".to_owned(), reason })
+            }
+            None => Ok(()),
+        };
+        match check_names(&key).and(served).and_then(|()| read_object(known, value)) {
             Ok((meta, content)) => {
                 let digest = digest(value, &origin);
                 parsed.objects.push(Object { key, origin, meta, value: content, digest });
@@ -415,6 +428,23 @@ mod tests {
         );
         assert_eq!(parsed.problems[0].severity, Severity::Info);
         assert!(!parsed.broken());
+    }
+
+    #[test]
+    fn a_policy_of_a_version_that_is_not_served_denies() {
+        let text =
+            "apiVersion: security.istio.io/v2\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {}\n";
+        let parsed = parse("a.yaml", text);
+        assert_eq!((parsed.objects.len(), parsed.unreadable.len()), (0, 1));
+        assert_eq!((parsed.broken(), parsed.problems[0].field.as_str()), (true, "apiVersion"));
+    }
+
+    #[test]
+    fn a_document_may_begin_on_the_line_of_its_marker() {
+        let text = "--- # one\n{apiVersion: v1, kind: ServiceAccount, metadata: {name: a}}\n--- {apiVersion: v1, kind: ServiceAccount, metadata: {name: b}}\n";
+        let seen: Vec<_> =
+            parse("a.yaml", text).objects.iter().map(|o| (o.key.name.to_string(), o.origin.line)).collect();
+        assert_eq!(seen, [("a".to_owned(), 2), ("b".to_owned(), 3)]);
     }
 
     #[test]

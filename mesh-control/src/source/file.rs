@@ -1,7 +1,8 @@
 //! A directory of YAML as the source.
 //!
-//! A file counts as a whole: one that cannot be read keeps its last good objects and is reported; a deleted file
-//! deletes its objects; of an object that stands in two files the first in the order of paths counts.
+//! A file counts as a whole: one that cannot be read keeps its last good objects and is reported; one that never was
+//! good counts as far as it can be read, so that a mistake in a route does not take away the policies beside it. A
+//! deleted file deletes its objects; of an object that stands in two files the first in the order of paths counts.
 
 use std::{
     collections::BTreeMap,
@@ -30,6 +31,8 @@ pub type Text = Result<String, String>;
 #[derive(Debug, Default)]
 struct FileState {
     text: Option<Text>,
+    /// It was good as a whole once; `good` is that state from then on.
+    whole: bool,
     good: Vec<Arc<Object>>,
     unreadable: Vec<Arc<Object>>,
     problems: Vec<Problem>,
@@ -111,15 +114,14 @@ impl FileState {
         match &text {
             Ok(content) => {
                 let parsed = parse(path, content);
-                if parsed.broken() {
-                    // A policy that has a good version stays with it; one that never had any denies.
-                    let known = |object: &Object| self.good.iter().any(|good| good.key == object.key);
-                    self.unreadable =
-                        parsed.unreadable.into_iter().filter(|o| !known(o)).map(Arc::new).collect();
-                } else {
+                let broken = parsed.broken();
+                if !(broken && self.whole) {
                     self.good = parsed.objects.into_iter().map(Arc::new).collect();
-                    self.unreadable.clear();
                 }
+                self.whole |= !broken;
+                // A policy that has a good version stays with it; one that never had any denies.
+                let known = |object: &Object| self.good.iter().any(|good| good.key == object.key);
+                self.unreadable = parsed.unreadable.into_iter().filter(|o| !known(o)).map(Arc::new).collect();
                 self.problems = parsed.problems;
             }
             Err(reason) => {
@@ -229,6 +231,19 @@ mod tests {
         assert_eq!(folder.objects().1[0].file, "a.yaml");
         folder.take(texts(&[("b.yaml", &account("c"))]));
         assert_eq!((names(&folder), folder.objects().1), (vec!["c".to_owned()], vec![]));
+    }
+
+    #[test]
+    fn a_file_that_never_was_good_counts_as_far_as_it_can_be_read() {
+        let mut folder = Folder::default();
+        let broken = |first: &str| format!("{}---\nkind: [\n", account(first));
+        folder.take(texts(&[("a.yaml", &broken("a"))]));
+        assert_eq!((names(&folder), folder.objects().1.len()), (vec!["a".to_owned()], 1));
+        folder.take(texts(&[("a.yaml", &broken("b"))]));
+        assert_eq!(names(&folder), ["b"]);
+        folder.take(texts(&[("a.yaml", &account("c"))]));
+        folder.take(texts(&[("a.yaml", &broken("d"))]));
+        assert_eq!(names(&folder), ["c"]);
     }
 
     #[test]
