@@ -18,6 +18,9 @@ pub type Nack = String;
 /// Type and name of a resource.
 pub type ResourceName = (&'static str, Arc<str>);
 
+/// End of a rejection that was too long to be told in full, by us or by the proxy.
+pub(super) const CUT: &str = "...";
+
 /// Most proxies that are remembered after they went away.
 const MAX_REMEMBERED: usize = 10_000;
 
@@ -134,7 +137,7 @@ impl Proxies {
     }
 
     /// Records the answer to one response. Of a rejection the names that its text gives are rejected, the others
-    /// accepted; a rejection that names nothing rejects everything.
+    /// accepted; a rejection that names nothing, or whose end is missing, rejects everything.
     pub(super) fn answered(
         &self,
         caller: &Principal,
@@ -149,7 +152,8 @@ impl Proxies {
             tracing::warn!(proxy = %caller, type_url, reason, "resources rejected");
         }
         let mentioned = |name: &str| rejected.is_some_and(|text| text.contains(&format!("{name}: ")));
-        let any = names.iter().any(|(name, _)| mentioned(name));
+        let any =
+            names.iter().any(|(name, _)| mentioned(name)) && !rejected.is_some_and(|t| t.ends_with(CUT));
         self.update(caller, stream, |proxy| {
             for (name, version) in names {
                 let key = (type_url, name.clone());
@@ -213,6 +217,9 @@ mod tests {
         proxies.answered(&caller, new, "t", &names[1..2], None);
         assert!(proxies.all()[&caller].nacks.is_empty());
         proxies.answered(&caller, new, "t", &names[..2], Some("no memory"));
+        assert_eq!(proxies.all()[&caller].nacks.len(), 2);
+        proxies.answered(&caller, new, "t", &names[..2], None);
+        proxies.answered(&caller, new, "t", &names[..2], Some("b: ports[0]: no po..."));
         assert_eq!(proxies.all()[&caller].nacks.len(), 2);
         proxies.disconnected(&caller, old);
         assert!(proxies.all()[&caller].connected);

@@ -18,7 +18,7 @@ use tonic::{Status, Streaming};
 
 use super::{
     Server,
-    proxies::{Nack, Proxies, ProxyUpdate},
+    proxies::{CUT, Nack, Proxies, ProxyUpdate},
 };
 use crate::{credentials::Principal, publish::Published};
 
@@ -111,8 +111,8 @@ impl Stream {
 
     async fn serve(&mut self, requests: &mut Streaming<DeltaDiscoveryRequest>) -> Result<(), Status> {
         loop {
-            self.push().await?;
-            self.report();
+            let pushed = self.push().await?;
+            self.report(&pushed);
             let wake = self.wake_at();
             let event = tokio::select! {
                 biased;
@@ -188,19 +188,23 @@ impl Stream {
         for name in &named {
             subscription.sent.remove(name);
         }
+        if subscription.asked.len() + named.len() > MAX_CLAIMED {
+            return Err(Status::resource_exhausted("too many names are waiting for their answer"));
+        }
         subscription.asked.append(&mut named);
         Ok(())
     }
 
     /// Sends every difference between what the proxy has and what is published.
-    async fn push(&mut self) -> Result<(), Status> {
+    async fn push(&mut self) -> Result<Arc<Published>, Status> {
         let published = self.published.borrow_and_update().clone();
         // Additions in order; policies that are gone leave only after the workloads that named them.
         for type_url in ORDER {
             let removals = type_url != TYPE_AUTHORIZATION;
             self.push_type(&published, type_url, removals).await?;
         }
-        self.push_type(&published, TYPE_AUTHORIZATION, true).await
+        self.push_type(&published, TYPE_AUTHORIZATION, true).await?;
+        Ok(published)
     }
 
     async fn push_type(
@@ -269,9 +273,9 @@ impl Stream {
         }
     }
 
-    /// Tells the status how far this proxy is.
-    fn report(&self) {
-        let published = self.published.borrow().clone();
+    /// Tells the status how far this proxy is with what was `published` when it was last pushed: of anything newer
+    /// the removals would not be missed.
+    fn report(&self, published: &Published) {
         // A waypoint asks for its own configuration, not for what agents enforce.
         let other = match self.caller {
             Principal::Node(_) => TYPE_AUTHORIZATION,
@@ -297,6 +301,7 @@ fn bounded(mut text: String) -> Nack {
     if text.len() > MAX_REASON_BYTES {
         let end = (0..=MAX_REASON_BYTES).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
         text.truncate(end);
+        text.push_str(CUT);
     }
     text
 }
