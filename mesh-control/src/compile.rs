@@ -137,6 +137,8 @@ struct Output {
     carried: BTreeMap<ObjectKey, Carried>,
     /// Who holds an address, so that a second claim is refused.
     claims: BTreeMap<IpAddr, ObjectKey>,
+    /// Services that their waypoint does not serve: a policy that nobody else would enforce denies them.
+    closed: BTreeSet<index::Name>,
 }
 
 impl Output {

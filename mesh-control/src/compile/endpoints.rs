@@ -123,6 +123,11 @@ fn from_slice(
 }
 
 impl Endpoints {
+    /// Whether a service has endpoints that are no pods.
+    pub fn has_others(&self, service: &ServiceKey) -> bool {
+        self.others.values().any(|other| other.services.contains_key(service))
+    }
+
     fn add(&mut self, name: &Name, key: &ServiceKey, pod: &PodKey, ports: PortMap) {
         let of_pod = self.by_pod.entry(pod.clone()).or_default().entry(key.clone()).or_default();
         // A dual-stack service has a slice per family, each with the same pods.

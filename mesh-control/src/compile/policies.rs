@@ -101,7 +101,8 @@ fn authorization(
 }
 
 /// A policy with targetRefs is for a waypoint, and ours does not evaluate policy yet. Letting the traffic pass would
-/// be the silent hole, so the ports of its targets are denied.
+/// be the silent hole, so the ports of its targets are denied by their agents; where an endpoint has no agent, the
+/// waypoint does not serve the target at all.
 fn waypoint_policy(
     index: &Index<'_>,
     entry: &Entry<'_, AuthorizationFacts>,
@@ -110,19 +111,32 @@ fn waypoint_policy(
     attached: &mut Attached,
     out: &mut Output,
 ) {
-    if entry.facts.policy.as_ref().is_none_or(|policy| policy.dry_run) {
+    let Some(policy) = &entry.facts.policy else { return };
+    if policy.dry_run {
+        let reason = "waypoints do not evaluate policy yet: a policy that only counts has no effect";
+        out.tell(Severity::Warning, entry.of(), "spec.targetRefs", reason);
         return;
     }
     let mut ports = BTreeSet::new();
     let mut pods = BTreeSet::new();
+    let mut closed = false;
     for service in targets.iter().flat_map(|target| targeted(index, bound, entry, target)) {
+        let mut denied = !endpoints.has_others(&index.service_key(&service.0, &service.1));
         for (pod, map) in endpoints.by_service.get(&service).into_iter().flatten() {
+            denied &= index.pods.get(pod).is_some_and(|own| own.facts.enrolled(index.namespace(&pod.0)));
             ports.extend(map.values().copied());
             pods.insert(pod.clone());
         }
+        if !denied {
+            closed = true;
+            out.closed.insert(service);
+        }
     }
-    let reason = if pods.is_empty() {
+    let reason = if pods.is_empty() && !closed {
         "TargetNotFound: no target with endpoints: no effect"
+    } else if closed {
+        "WaypointPolicyUnsupported: waypoints do not evaluate policy yet: traffic to the targets is denied, except to \
+         endpoints outside of the mesh past their waypoint"
     } else {
         "WaypointPolicyUnsupported: waypoints do not evaluate policy yet: traffic to the targets is denied"
     };

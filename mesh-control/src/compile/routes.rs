@@ -39,7 +39,8 @@ pub fn waypoints(
     for (gateway, entry) in &index.waypoints {
         let name: Arc<str> = format!("{}/{}", gateway.0, gateway.1).into();
         let mut listeners = Vec::new();
-        for (service, _) in bound.iter().filter(|(_, binding)| binding.gateway.as_ref() == Some(gateway)) {
+        let own = bound.iter().filter(|(_, binding)| binding.gateway.as_ref() == Some(gateway));
+        for (service, _) in own.filter(|(service, _)| !out.closed.contains(*service)) {
             let Some(facts) = index.services.get(service).map(|entry| entry.facts) else { continue };
             let key = index.service_key(&service.0, &service.1);
             let vips = services.get(&key).map(|service| service.vips.clone()).unwrap_or_default();
@@ -81,11 +82,10 @@ fn attach(
         };
         for (service, gateway) in services {
             let Some(facts) = index.services.get(&service).map(|entry| entry.facts) else { continue };
-            let mut ports = facts
-                .ports
-                .iter()
-                .filter(|port| parent.port.is_none_or(|wanted| wanted == port.port))
-                .peekable();
+            // The port of a Gateway is that of its listener, and means every port behind it.
+            let wanted = parent.port.filter(|_| parent.kind == ParentKind::Service);
+            let mut ports =
+                facts.ports.iter().filter(|port| wanted.is_none_or(|wanted| wanted == port.port)).peekable();
             if ports.peek().is_none() && parent.kind == ParentKind::Service {
                 let reason =
                     format!("NoMatchingParent: Service {}/{} has no such port", service.0, service.1);
@@ -93,7 +93,7 @@ fn attach(
             }
             for port in ports {
                 if port.protocol == Protocol::Tcp {
-                    if parent.port.is_some() {
+                    if wanted.is_some() {
                         let reason = "the port is declared as something else than HTTP: not attached";
                         out.tell(Severity::Warning, route.of(), &format!("{}.port", parent.field), reason);
                     }
@@ -151,6 +151,11 @@ fn gateway_parent(
         out.tell(Severity::Error, route.of(), &parent.field, reason);
         return Vec::new();
     };
+    if parent.port.is_some_and(|port| port != gateway.facts.port) {
+        let reason = format!("NoMatchingParent: Gateway {}/{} has no listener of that port", name.0, name.1);
+        out.tell(Severity::Error, route.of(), &format!("{}.port", parent.field), reason);
+        return Vec::new();
+    }
     let own = name.0 == *route.namespace();
     if !gateway.facts.allowed.admits(own, index.namespace(route.namespace())) {
         let reason = "NotAllowedByListeners: allowedRoutes of the Gateway do not admit this namespace";

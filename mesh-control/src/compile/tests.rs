@@ -344,6 +344,19 @@ fn a_policy_for_a_waypoint_denies_the_ports_of_its_targets() {
     }
 }
 
+#[test]
+fn a_policy_for_a_waypoint_closes_it_where_no_agent_can_deny() {
+    let policy = object(
+        "AuthorizationPolicy",
+        "p",
+        "shop",
+        "spec: {targetRefs: [{group: '', kind: Service, name: cart}], rules: [{}]}",
+    );
+    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s, namespace: shop, labels: {kubernetes.io/service-name: cart}}\naddressType: IPv4\nports: [{name: http, port: 8080}]\nendpoints: [{addresses: [10.9.9.9]}]\n";
+    assert_eq!(listeners(&world(&policy)).len(), 3);
+    assert_eq!(listeners(&world(&format!("{policy}{slice}"))), Vec::<String>::new());
+}
+
 /// Routes of the listeners of `shop/gw`, as `port http? route…`.
 fn listeners(world: &World) -> Vec<String> {
     let config = &world.waypoints["shop/gw"];
@@ -373,6 +386,8 @@ fn routes_attach_to_the_ports_of_bound_services() {
         (route("r", "shop", "{group: '', kind: Service, name: plain}"), none, "bound to no waypoint"),
         (route("r", "bank", &format!("{{{cart}, namespace: shop}}")), none, "consumer route"),
         (route("r", "shop", "{name: gw}"), all, ""),
+        (route("r", "shop", "{name: gw, port: 15008}"), all, ""),
+        (route("r", "shop", "{name: gw, port: 80}"), none, "NoMatchingParent"),
         (route("r", "bank", "{name: gw, namespace: shop}"), none, "NotAllowedByListeners"),
         (route("r", "shop", "{name: gone}"), none, "NoMatchingParent"),
         (route("r", "shop", "{group: x, kind: Mesh, name: y}"), none, "not supported"),
