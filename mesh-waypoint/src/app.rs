@@ -93,8 +93,13 @@ impl Views {
         let (view, problems) = View::new(world, &self.gateway, &self.sender.borrow());
         self.sender.send_replace(Arc::new(view));
         let mut told = self.told.lock();
+        if problems.is_empty() {
+            // Its address may be that of the next configuration, which has to be told of anew.
+            *told = None;
+            return Ok(());
+        }
         // Only the configuration that has the problems is refused, not every later change of an address.
-        if problems.is_empty() || *told == own {
+        if *told == own {
             return Ok(());
         }
         *told = own;

@@ -16,7 +16,10 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_core::id::{Identity, WorkloadKey};
+use mesh_core::{
+    id::{Identity, WorkloadKey},
+    model::TunnelProtocol,
+};
 use mesh_net::task::TaskGroup;
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
@@ -42,6 +45,9 @@ pub enum SendError {
 struct Key {
     endpoint: WorkloadKey,
     address: SocketAddr,
+    /// A pod that is enrolled meanwhile is not spoken to in the clear any longer, nor one of another account as before.
+    tunnel: TunnelProtocol,
+    server: Identity,
     client: Identity,
 }
 
@@ -98,7 +104,13 @@ impl Upstream {
         client: &Identity,
         request: Request<RequestBody>,
     ) -> Result<Sent, SendError> {
-        let key = Key { endpoint: to.workload.uid.clone(), address: to.address, client: client.clone() };
+        let key = Key {
+            endpoint: to.workload.uid.clone(),
+            address: to.address,
+            tunnel: to.workload.tunnel,
+            server: to.workload.identity(),
+            client: client.clone(),
+        };
         if request.version() == http::Version::HTTP_2 {
             self.send_http2(key, to, request).await
         } else {
