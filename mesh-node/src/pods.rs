@@ -35,7 +35,7 @@ use self::{
 use crate::{
     agent::Agent,
     connections::Owner,
-    kernel::{self, KernelError, PodSlot},
+    kernel::{self, HeldPod, KernelError, PodSlot},
     listeners,
 };
 
@@ -231,7 +231,8 @@ impl Keeper {
     /// The state directory cannot be read, or the kernel refuses.
     pub async fn adopt(&mut self) -> Result<(), EnrolError> {
         let kept = self.store.load()?;
-        for held in self.agent.kernel.pods()? {
+        let held = self.agent.kernel.pods()?;
+        for held in &held {
             if !kept.iter().any(|kept| kept.pod.uid == held.uid) {
                 tracing::warn!(uid = held.uid, "the kernel captures a pod that was never kept; released");
                 self.agent.kernel.release(held.slot, Release::Deleted.into())?;
@@ -239,7 +240,7 @@ impl Keeper {
         }
         for kept in kept {
             let uid = kept.pod.uid.clone();
-            if name_of(&kept.pod.netns, kept.netns) == Name::Gone {
+            if name_of(&kept.pod.netns, kept.netns) == Name::Gone || is_another(&held, &kept).await {
                 tracing::info!(uid, "the pod ended while no agent was here");
                 self.agent.forget(&uid)?;
                 continue;
@@ -301,8 +302,13 @@ impl Keeper {
         // Kept first: a crash after the kernel captures and before this is written would leave a pod that no agent
         // ever serves again.
         self.store.save(self.kept(&table, &kept.pod.uid).chain(std::iter::once(&kept)))?;
+        let uid = kept.pod.uid.clone();
         let outcome = self.start(kept, netns).await;
         if outcome.is_err() {
+            // Captured by then, maybe, and served by nobody.
+            if !self.table.borrow().serving.contains_key(&uid) {
+                self.agent.forget(&uid)?;
+            }
             self.persist()?;
         }
         outcome
@@ -369,14 +375,23 @@ impl Keeper {
         };
         drop(table);
         tracing::info!(uid, ?how, "pod released");
+        // Out of the kernel first: while it were in there and in no table, a change of the world at that moment would
+        // take back what it is permitted and cut the direct connections that it is to keep.
+        let left = match how {
+            Release::Deleted => Ok(()),
+            Release::Leave => self.leave(pod.clone()),
+        };
         self.table.send_modify(|table| drop(Arc::make_mut(table).serving.remove(uid)));
-        self.persist()?;
-        match how {
-            Release::Deleted => self.delete(&pod).await?,
-            Release::Leave => self.leave(pod.clone())?,
-        }
+        // A full disk must not keep its connections alive: it is in no table any more, so nobody would end them.
+        let written = self.persist();
+        let released = match how {
+            Release::Deleted => self.delete(&pod).await,
+            Release::Leave => left,
+        };
         self.agent.metrics.proxies_stopped.inc();
         self.agent.enforce()?;
+        released?;
+        written?;
         Ok(true)
     }
 
@@ -498,6 +513,16 @@ fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listene
             Err(error)
         }
     }
+}
+
+/// Whether the pod's name leads to another namespace than the one that the kernel captures for it. The number of a file
+/// is given again once nobody holds the namespace, and an agent that is dead holds none; a cookie never is.
+async fn is_another(held: &[HeldPod], kept: &Kept) -> bool {
+    let known: Vec<u64> =
+        held.iter().filter(|held| held.uid == kept.pod.uid).map(|held| held.slot.netns).collect();
+    let path = kept.pod.netns.clone();
+    let now = blocking(move || Ok(Netns::open(&path)?)).await;
+    !known.is_empty() && now.is_ok_and(|netns| !known.contains(&netns.cookie()))
 }
 
 async fn undo(pod: &Arc<Pod>) {
