@@ -116,7 +116,9 @@ struct LinkState {
 impl Link {
     /// Counts one stream more if there is room. The connection that gives its last place is retired.
     fn reserve(self: &Arc<Self>) -> Option<Reservation> {
-        let limit = TUNNEL_STREAMS.min(self.request.current_max_send_streams());
+        // A peer that permits none gets the first stream to wait for its leave, within its deadline: taking the
+        // connection for full would dial another one at once, and so on for ever.
+        let limit = TUNNEL_STREAMS.min(self.request.current_max_send_streams()).max(1);
         let mut state = self.state.lock();
         if state.retired || state.open >= limit {
             state.retired = true;
