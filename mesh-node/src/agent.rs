@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use mesh_core::{id::Identity, snapshot::Snapshot};
@@ -33,6 +33,9 @@ use crate::{
     source::{self, AppError, Dialling},
     world::World,
 };
+
+/// When to try again what the kernel refused.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The agent.
 pub struct Agent {
@@ -150,9 +153,13 @@ impl Agent {
             self.direct.were_cut(&report.cut);
         }
         let mut swept = self.connections.sweep(&world, Instant::now());
+        if report.is_err() {
+            // The next change may be hours away.
+            swept.look_again(Instant::now() + AGAIN);
+        }
         // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
         // asks the policies themselves, and ends what is undecided for too long.
-        swept.merge(self.direct.sweep(&self.kernel, &world, &table));
+        swept.merge(self.direct.sweep(self, &world, &table));
         if swept.cut > 0 {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");
         }

@@ -1,7 +1,7 @@
 //! Connections that do not pass through the agent: told by the kernel, decided again when the world changes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
     time::Instant,
@@ -35,6 +35,9 @@ pub struct Direct {
 
 struct Open {
     record: AccessRecord,
+    ends: (SocketAddr, SocketAddr),
+    /// When it was seen first that the kernel has no record of it any more.
+    missed: Option<Instant>,
     /// The server's side of the same connection, in the metrics.
     arrival: ConnectionMetrics,
     cut: bool,
@@ -72,7 +75,8 @@ fn by_slot(table: &Table) -> BTreeMap<PodSlot, &Arc<Pod>> {
 impl Direct {
     /// Decides every live direct flow again and destroys what is denied now. A flow of a pod that has left the mesh is
     /// no longer the mesh's to decide.
-    pub fn sweep(&self, kernel: &Kernel, world: &Snapshot, table: &Table) -> Swept {
+    pub fn sweep(&self, agent: &Agent, world: &Snapshot, table: &Table) -> Swept {
+        let kernel = &agent.kernel;
         let flows = match kernel.direct_flows() {
             Ok(flows) => flows,
             Err(error) => {
@@ -83,8 +87,10 @@ impl Direct {
         let serving: BTreeMap<PodSlot, &Arc<Pod>> =
             table.serving.values().map(|pod| (pod.slot, pod)).collect();
         let (mut swept, now) = (Swept::default(), Instant::now());
+        let live: HashSet<u64> = flows.iter().map(|flow| flow.socket).collect();
+        self.bury(agent, &live, now);
         let mut undecided = self.undecided.lock();
-        undecided.retain(|socket, _| flows.iter().any(|flow| flow.socket == *socket));
+        undecided.retain(|socket, _| live.contains(socket));
         for flow in &flows {
             let (Some(src), Some(dst)) = (serving.get(&flow.src_pod), serving.get(&flow.dst_pod)) else {
                 continue;
@@ -103,6 +109,22 @@ impl Direct {
             }
         }
         swept
+    }
+
+    /// Closes the records of what ended without the agent being told: the ring of events was full then.
+    fn bury(&self, agent: &Agent, live: &HashSet<u64>, now: Instant) {
+        let untold = |socket: &u64, open: &mut Open| {
+            open.missed = if live.contains(socket) { None } else { Some(open.missed.unwrap_or(now)) };
+            // Its event may only be on its way.
+            open.missed.is_some_and(|since| now.duration_since(since) >= limits::HOLD)
+        };
+        let ended: Vec<Open> = self.open.lock().extract_if(untold).map(|(_, open)| open).collect();
+        for Open { mut record, ends: (src, dst), arrival, .. } in ended {
+            agent.connections.direct(src, dst, false);
+            arrival.closed(None);
+            record.details.reason = Some(format!("{REASON}; its end was not told"));
+            record.close(Outcome::Complete);
+        }
     }
 
     /// Destroys the direct flows of a pod.
@@ -193,13 +215,16 @@ impl Direct {
         told.count(&mut record, &agent.metrics, Side::Outbound);
         let arrival = agent.metrics.connection(told.labels(Side::Inbound, Path::Direct.name()));
         agent.connections.direct(flow.src, flow.dst, true);
-        self.open.lock().insert(flow.socket, Open { record, arrival, cut: false });
+        self.open.lock().insert(
+            flow.socket,
+            Open { record, ends: (flow.src, flow.dst), missed: None, arrival, cut: false },
+        );
     }
 
     fn closed(&self, agent: &Agent, flow: &DirectFlow, sent_bytes: u64, received_bytes: u64) {
         agent.connections.direct(flow.src, flow.dst, false);
         // Opened before this process: its record was the former one's.
-        let Some(Open { record, arrival, cut }) = self.open.lock().remove(&flow.socket) else { return };
+        let Some(Open { record, arrival, cut, .. }) = self.open.lock().remove(&flow.socket) else { return };
         let counters = record.counters();
         counters.add_a_to_b(sent_bytes);
         counters.add_b_to_a(received_bytes);
