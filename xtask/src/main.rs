@@ -49,10 +49,11 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().task {
         Task::Setup => setup::run(),
         Task::BuildEbpf(options) => ebpf::build(&options),
-        Task::Demo(options) => demo::run(&options),
-        Task::Test(options) => test::run(&options),
+        // The commands that a newcomer types first work on a machine that has nothing yet.
+        Task::Demo(options) => setup::where_possible().and_then(|()| demo::run(&options)),
+        Task::Test(options) => setup::where_possible().and_then(|()| test::run(&options)),
         Task::Check => check::run(),
-        Task::Bench(options) => bench::run(&options),
+        Task::Bench(options) => setup::where_possible().and_then(|()| bench::run(&options)),
         Task::Gen => r#gen::write(),
     };
     match done {

@@ -18,6 +18,14 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs every step where that is possible without asking anybody; elsewhere what is missing says so when it is needed.
+///
+/// # Errors
+/// As [`run`].
+pub fn where_possible() -> anyhow::Result<()> {
+    if may_install() { run() } else { Ok(()) }
+}
+
 /// Whether `cargo xtask setup` may install packages here.
 fn may_install() -> bool {
     shell::is_root() && shell::on_path("apt-get").is_some()
