@@ -194,8 +194,14 @@ fn passive(cx: &SockOpsContext) {
         dport: ends.local.port,
         pad: 0,
     };
-    if OWN_FLOWS.get_ptr(&key).is_some() {
-        return maps::count(Reason::Opened);
+    if let Some(record) = OWN_FLOWS.get_ptr_mut(&key) {
+        // SAFETY: one field of an element that lives as long as the agent's socket; nobody else writes it.
+        let taken = unsafe { core::ptr::replace(&raw mut (*record).server_socket, ctx::cookie_of_ops(cx)) };
+        // One connection, one handshake: a second with the same addresses is not the agent's.
+        if taken == 0 {
+            return maps::count(Reason::Opened);
+        }
+        return cut(cx, &key, netns, Reason::OpenedForged);
     }
     // SAFETY: the record repeats its key, which is compared below; the agent only reads.
     let reason = match FLOWS.get_ptr_mut(&key).map(|record| unsafe { &mut *record }) {
@@ -203,6 +209,8 @@ fn passive(cx: &SockOpsContext) {
         Some(record) if record.kind == FLOW_SELF => return maps::count(Reason::Opened),
         Some(record) if record.kind != FLOW_DIRECT => Reason::OpenedUnrecorded,
         Some(record) if record.generation != maps::config().0 => Reason::OpenedStale,
+        // One connection, one handshake: the client may hold its half long after the server has closed.
+        Some(record) if record.server_socket != 0 => Reason::OpenedForged,
         // Whoever completes the handshake before the recorded socket has the SYN-ACK is somebody else. With TCP Fast
         // Open the accepted socket comes first; there the client's address is proven by its cookie.
         Some(record) if record.flags & FLOW_ESTABLISHED == 0 && !ctx::by_syn(cx) => Reason::OpenedForged,
@@ -213,11 +221,21 @@ fn passive(cx: &SockOpsContext) {
         }
         None => Reason::OpenedUnrecorded,
     };
-    // What it sends does not leave the pod any more, even without the agent; the agent ends it at once.
+    cut(cx, &key, netns, reason);
+}
+
+/// Ends an accepted connection that must not be: what it sends does not leave the pod any more, even without the agent;
+/// the agent ends it at once.
+#[inline(always)]
+fn cut(cx: &SockOpsContext, key: &FlowKey, netns: u64, reason: Reason) {
     ctx::divert(cx);
     maps::count(reason);
-    let record =
-        FlowRecord { key, socket: ctx::cookie_of_ops(cx), client_netns: netns, ..FlowRecord::default() };
+    let record = FlowRecord {
+        key: *key,
+        socket: ctx::cookie_of_ops(cx),
+        client_netns: netns,
+        ..FlowRecord::default()
+    };
     maps::emit(EVENT_CUT, reason, &record, Figures::default());
 }
 

@@ -72,7 +72,7 @@ fn door(key: &FlowKey) -> Door {
     // A record is left in place: a repeated SYN looks it up again.
     // SAFETY: the record repeats its key, which is compared.
     if let Some(record) = unsafe { FLOWS.get(key) } {
-        let (kind, generation) = (record.kind, record.generation);
+        let (kind, generation, accepted) = (record.kind, record.generation, record.server_socket != 0);
         if record.key != *key {
             return Door::Nowhere(Reason::LookupNoRecord);
         }
@@ -80,6 +80,8 @@ fn door(key: &FlowKey) -> Door {
             FLOW_TO_AGENT => Door::Agent(SLOT_OUTBOUND, Reason::LookupToAgent),
             FLOW_SELF => Door::Application(Reason::LookupAuthorised),
             FLOW_DIRECT if generation != maps::config().0 => Door::Nowhere(Reason::LookupStale),
+            // One connection, one handshake.
+            FLOW_DIRECT if accepted => Door::Nowhere(Reason::LookupRefused),
             FLOW_DIRECT => Door::Application(Reason::LookupAuthorised),
             _ => Door::Nowhere(Reason::LookupRefused),
         };
@@ -87,8 +89,12 @@ fn door(key: &FlowKey) -> Door {
     if port == HBONE_PORT {
         return unrecorded(key, Door::Agent(SLOT_HBONE, Reason::LookupHbone));
     }
-    if OWN_FLOWS.get_ptr(key).is_some() {
-        return Door::Application(Reason::LookupAuthorised);
+    // SAFETY: only one number is read.
+    if let Some(record) = unsafe { OWN_FLOWS.get(key) } {
+        return match record.server_socket {
+            0 => Door::Application(Reason::LookupAuthorised),
+            _ => Door::Nowhere(Reason::LookupRefused),
+        };
     }
     if port == OUTBOUND_PORT || port == INBOUND_PORT {
         return Door::Nowhere(Reason::LookupIllegalPort);

@@ -56,18 +56,22 @@ impl Inner {
             self.maps.configure(|config| config.flags |= CONFIG_NO_DIRECT)?;
         }
         let (gone, new) = difference(&held.verdicts, &want.verdicts);
-        for key in gone {
-            self.maps.verdicts.remove(&verdict_key(key))?;
-            held.verdicts.remove(&key);
-            report.removed += 1;
-        }
         let (denials, permissions): (Vec<_>, Vec<_>) =
             new.into_iter().partition(|(_, verdict)| *verdict != PairVerdict::Allow);
-        let mut took = report.removed > 0 || !denials.is_empty() || (no_direct && !before);
+        let mut took = !gone.is_empty() || !denials.is_empty() || (no_direct && !before);
         // A port of its own overrides what any other port had.
         took |= permissions.iter().any(|(key, _)| held.verdicts.contains_key(key));
+        // Denials first: a port's own denial may go only when the one of any other port is there.
+        let mut taken = Ok(());
         for (key, verdict) in denials {
-            self.write_verdict(&mut held, key, verdict, &mut report)?;
+            taken = taken.and_then(|()| self.write_verdict(&mut held, key, verdict, &mut report));
+        }
+        for key in gone {
+            taken = taken.and_then(|()| self.take_verdict(&mut held, key, &mut report));
+        }
+        if taken.is_err() {
+            // What is to be refused could not be written: nothing goes directly until it can.
+            self.maps.configure(|config| config.flags |= CONFIG_NO_DIRECT)?;
         }
         if took {
             self.raise_generation()?;
@@ -76,6 +80,7 @@ impl Inner {
                 report.cut.extend(self.sweep(want, no_direct, &served)?);
             }
         }
+        taken?;
         for (key, verdict) in permissions {
             self.write_verdict(&mut held, key, verdict, &mut report)?;
         }
@@ -85,6 +90,18 @@ impl Inner {
         }
         report.generation = self.maps.config()?.generation;
         Ok(report)
+    }
+
+    fn take_verdict(
+        &self,
+        held: &mut Held,
+        key: (u32, u32, u16),
+        report: &mut SyncReport,
+    ) -> Result<(), KernelError> {
+        self.maps.verdicts.remove(&verdict_key(key))?;
+        held.verdicts.remove(&key);
+        report.removed += 1;
+        Ok(())
     }
 
     fn write_verdict(

@@ -8,7 +8,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     BOTH,
-    bed::{Bed, DEADLINE, Door, greeting, set_transparent, within},
+    bed::{Bed, DEADLINE, Door, Pod, dial_from, greeting, set_transparent, within},
 };
 
 fn socket(to: SocketAddr) -> Socket {
@@ -112,6 +112,51 @@ fn syn(from: &str, to: &str, port: u16) -> Vec<u8> {
     segment
 }
 
+/// Sends a SYN from `evil` with the address of `from`.
+fn spoof(evil: &Pod, from: &Pod, to: &Pod) {
+    within(&evil.netns, || {
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).unwrap();
+        raw.set_header_included_v4(true).unwrap();
+        let segment = syn(&from.v4.to_string(), &to.v4.to_string(), 8080);
+        let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
+        for ip in [from.v4, to.v4] {
+            let std::net::IpAddr::V4(ip) = ip else { unreachable!("IPv4") };
+            packet.extend(ip.octets());
+        }
+        packet.extend(segment);
+        raw.send_to(&packet, &SocketAddr::new(to.v4, 0).into()).unwrap();
+    });
+}
+
+/// The client keeps its half of a connection whose server is gone: its record must not let anybody else in.
+#[test]
+fn a_record_authorises_one_handshake() {
+    let bed = Bed::new();
+    let (a, b, evil) = (bed.pod("a"), bed.pod("b"), bed.pod("e"));
+    let mut agent = bed.agent();
+    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    bed.enrol(&mut agent, &evil);
+    agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
+    let to = SocketAddr::new(b.v4, 8080);
+    let listener = within(&b.netns, || {
+        // What is left of the server's half goes after a second.
+        std::fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "1").unwrap();
+        std::net::TcpListener::bind(to).unwrap()
+    });
+    // The port of `syn`.
+    let kept = within(&a.netns, || dial_from(SocketAddr::new(a.v4, 40001), to)).unwrap();
+    drop(listener.accept().unwrap());
+    let let_in = agent.count(Reason::LookupAuthorised);
+    crate::bed::until("a second handshake to be refused", || {
+        spoof(&evil, &a, &b);
+        agent.count(Reason::LookupRefused) > 0
+    });
+    assert_eq!(agent.count(Reason::LookupAuthorised), let_in);
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err());
+    drop(kept);
+}
+
 #[test]
 fn a_spoofed_syn_has_no_identity() {
     let bed = Bed::new();
@@ -122,18 +167,7 @@ fn a_spoofed_syn_has_no_identity() {
     agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
     let server = bed.serve(&b, 8080);
     let plain = agent.count(Reason::LookupPlaintext);
-    within(&evil.netns, || {
-        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).unwrap();
-        raw.set_header_included_v4(true).unwrap();
-        let segment = syn(&a.v4.to_string(), &b.v4.to_string(), 8080);
-        let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
-        for ip in [a.v4, b.v4] {
-            let std::net::IpAddr::V4(ip) = ip else { unreachable!("IPv4") };
-            packet.extend(ip.octets());
-        }
-        packet.extend(segment);
-        raw.send_to(&packet, &SocketAddr::new(b.v4, 0).into()).unwrap();
-    });
+    spoof(&evil, &a, &b);
     crate::bed::until("the SYN to meet the agent's plaintext listener", || {
         agent.count(Reason::LookupPlaintext) > plain
     });
