@@ -9,7 +9,7 @@ fn main() {
     println!();
     println!(
         "Every connection that the mesh refuses, cuts or fails to carry has exactly one of these codes: in the access \
-         record (`reason`), in `GET /connections` and `GET /kernel` of the agent, and in the answer to whoever asks. \
+         record (`flag`), in `GET /connections` and `GET /kernel` of the agent, and in the answer to whoever asks. \
          *Label* is the value of the metric label `response_flags`. *Who acts*: policy: it works as configured; peer: \
          the other side did something wrong; mesh: the mesh itself; application: the application or its endpoints."
     );

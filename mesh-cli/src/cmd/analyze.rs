@@ -47,7 +47,7 @@ fn problems(texts: BTreeMap<String, String>) -> Vec<Problem> {
     problems.extend(folder.problems().cloned());
     let pods: Vec<PodFacts> = wanted.pods.iter().filter_map(|pod| facts(pod, &mut addresses)).collect();
     let rendered = render(&folder, &wanted, &services, &pods);
-    let mesh = Mesh { trust_domain: wanted.trust_domain.as_str().into(), ..Mesh::default() };
+    let mesh = Mesh::default();
     for problem in mesh_control::analyze(&rendered.files, &mesh) {
         let problem = rendered.origin(Problem {
             file: problem.file,

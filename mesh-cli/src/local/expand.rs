@@ -138,8 +138,6 @@ pub struct Wanted {
     pub services: Vec<WantedService>,
     /// Waypoint Gateways.
     pub waypoints: Vec<WantedWaypoint>,
-    /// The trust domain of every identity.
-    pub trust_domain: String,
     /// What cannot be done, and why.
     pub problems: Vec<Problem>,
 }
@@ -170,8 +168,7 @@ pub fn expand<'a>(
     placed: &BTreeMap<Key, String>,
 ) -> Wanted {
     let documents: Vec<&Document> = documents.into_iter().collect();
-    let (nodes, trust_domain) = (nodes(&documents), trust_domain(&documents));
-    let mut wanted = Wanted { nodes, trust_domain, ..Wanted::default() };
+    let mut wanted = Wanted { nodes: nodes(&documents), ..Wanted::default() };
     let namespaces: HashMap<&str, &Document> = documents
         .iter()
         .filter(|document| document.kind == "Namespace")
@@ -248,16 +245,6 @@ fn nodes(documents: &[&Document]) -> Vec<WantedNode> {
     DEFAULT_NODES
         .map(|name| WantedNode { name: name.to_owned(), labels: BTreeMap::new(), written: false })
         .into()
-}
-
-/// The mesh's options are a ConfigMap of the root namespace.
-fn trust_domain(documents: &[&Document]) -> String {
-    let options = documents.iter().find(|document| {
-        (document.kind.as_str(), document.namespace.as_str(), document.name.as_str())
-            == ("ConfigMap", "undermesh-system", "undermesh")
-    });
-    let written = options.and_then(|document| document.value.pointer("/data/trustDomain")?.as_str());
-    written.unwrap_or("cluster.local").to_owned()
 }
 
 /// Pods of one workload before they have a node.

@@ -119,6 +119,21 @@ impl Node {
         changed: Arc<dyn Fn() + Send + Sync>,
     ) -> anyhow::Result<Self> {
         let dir = ground.layout.node(name);
+        let node = Self::start_in(dir.clone(), ground, fabric, (name, net), changed);
+        if node.is_err() {
+            // The next attempt begins anew.
+            let _ = std::fs::remove_dir_all(&dir);
+        }
+        node
+    }
+
+    fn start_in(
+        dir: PathBuf,
+        ground: &Ground,
+        fabric: u32,
+        (name, net): (&str, NodeNet),
+        changed: Arc<dyn Fn() + Send + Sync>,
+    ) -> anyhow::Result<Self> {
         private_dir(&dir)?;
         private_dir(&dir.join("state"))?;
         private_dir(&dir.join("services"))?;

@@ -17,6 +17,9 @@ use super::{
     status::{ControlAnswer, ControlStatus, NodeStatus, PodStatus, ServiceStatus, Status, WaypointStatus},
 };
 
+/// Trust domain of a local mesh.
+const TRUST_DOMAIN: &str = "cluster.local";
+
 /// The supervisor's part of the status; asking the others takes time, which is not the supervisor's.
 #[derive(Debug)]
 pub struct Draft {
@@ -42,7 +45,7 @@ impl Draft {
             problems: problems.to_vec(),
             control: control_status(ground, control, fabric),
             nodes: nodes.values().map(|node| node_status(ground, node)).collect(),
-            pods: pods.values().map(|pod| pod_status(ground, &wanted.trust_domain, pod)).collect(),
+            pods: pods.values().map(|pod| pod_status(ground, pod)).collect(),
             services: services.iter().map(service_status).collect(),
             ..Status::default()
         };
@@ -115,6 +118,11 @@ impl Draft {
             }
             Err(error) => status.waiting.push(format!("control plane: {error}")),
         }
+        // What is written and cannot be read or obeyed does not hold.
+        let broken = status.problems.iter().filter(|problem| problem.severity == "error");
+        status
+            .waiting
+            .extend(broken.map(|problem| format!("{}:{}: {}", problem.file, problem.line, problem.reason)));
         status.in_force = status.waiting.is_empty();
         status
     }
@@ -170,7 +178,7 @@ fn node_status(ground: &Ground, node: &Node) -> NodeStatus {
     }
 }
 
-fn pod_status(ground: &Ground, trust_domain: &str, pod: &Pod) -> PodStatus {
+fn pod_status(ground: &Ground, pod: &Pod) -> PodStatus {
     let observed = pod.observed();
     let Key { namespace, name } = pod.wanted.key.clone();
     let account = pod.wanted.service_account();
@@ -182,7 +190,7 @@ fn pod_status(ground: &Ground, trust_domain: &str, pod: &Pod) -> PodStatus {
         ips: pod.ips.clone(),
         uid: pod.uid.clone(),
         enrolled: observed.enrolled,
-        identity: has_identity.then(|| format!("spiffe://{trust_domain}/ns/{namespace}/sa/{account}")),
+        identity: has_identity.then(|| format!("spiffe://{TRUST_DOMAIN}/ns/{namespace}/sa/{account}")),
         ready: observed.ready,
         why: if observed.stopping { Some("stopping".to_owned()) } else { observed.why },
         pid: observed.pid,

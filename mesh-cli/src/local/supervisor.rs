@@ -156,7 +156,12 @@ impl Supervisor {
             Ok(texts) => {
                 self.folder.take(texts);
             }
-            Err(error) => tracing::warn!(%error, "the folder cannot be read"),
+            Err(error) => {
+                tracing::warn!(%error, "the folder cannot be read");
+                self.settle();
+                let reason = format!("the folder cannot be read: {error}");
+                return self.problems.push(trouble(reason));
+            }
         }
         self.settle();
     }
@@ -181,6 +186,7 @@ impl Supervisor {
         self.problems = problems;
         if let Err(error) = self.publish() {
             tracing::error!(error = format!("{error:#}"), "the mesh could not be told of a change");
+            self.problems.push(trouble(format!("the mesh could not be told of a change: {error:#}")));
         }
     }
 
@@ -463,7 +469,12 @@ impl Supervisor {
             let names: Vec<String> = self.pods.keys().map(ToString::to_string).collect();
             return Err(format!("there is no pod {key}; there are: {}", names.join(" ")));
         };
-        let holder = pod.observed().holder.ok_or_else(|| format!("pod {key} has no namespace yet"))?;
+        let observed = pod.observed();
+        let holder = observed.holder.ok_or_else(|| format!("pod {key} has no namespace yet"))?;
+        // A program that starts before the pod is captured would speak in the clear.
+        if pod.desired().enrol && !observed.enrolled {
+            return Err(format!("pod {key} is not enrolled yet"));
+        }
         Ok(Place { holder, cgroup: self.group_of(&pod.wanted.key).path().to_owned(), env: pod.env.clone() })
     }
 
@@ -480,6 +491,18 @@ impl Supervisor {
             (&self.wanted, &self.services),
             (&self.problems, &self.rendered),
         )
+    }
+}
+
+/// A problem of the whole folder.
+fn trouble(reason: String) -> Problem {
+    Problem {
+        file: ".".to_owned(),
+        line: 0,
+        object: String::new(),
+        field: String::new(),
+        reason,
+        severity: "error".to_owned(),
     }
 }
 
