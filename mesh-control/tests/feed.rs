@@ -343,11 +343,13 @@ async fn in_force_says_what_the_proxies_said() {
     let change = second.next().await;
     second.answer(&change, Some("Kubernetes//Pod/shop/cart-1: addresses[0]: no")).await;
     let status = world
-        .until("the rejection", |status| status["proxies"][1]["nacks"][0]["reason"] == "addresses[0]: no")
+        .until("the rejection, and the policy on both", |status| {
+            let condition = &status["objects"]["AuthorizationPolicy shop/deny"]["conditions"][1];
+            status["proxies"][1]["nacks"][0]["reason"] == "addresses[0]: no"
+                && condition["message"] == "in force on 2 of 2 proxies"
+        })
         .await;
     assert_eq!(status["in_force"], false);
-    let condition = &status["objects"]["AuthorizationPolicy shop/deny"]["conditions"][1];
-    assert_eq!(condition["message"], "in force on 2 of 2 proxies");
 
     // A late answer to something older changes nothing; a new version heals.
     second.answer(&DeltaDiscoveryResponse { nonce: "0-0".to_owned(), ..change }, None).await;

@@ -352,6 +352,9 @@ fn a_policy_for_a_waypoint_closes_it_where_no_agent_can_deny() {
         "shop",
         "spec: {targetRefs: [{group: '', kind: Service, name: cart}], rules: [{}]}",
     );
+    // In the base the waypoint's own pod, which has no agent, is an endpoint too.
+    let apart = "---\napiVersion: v1\nkind: Pod\nmetadata: {name: gw-1, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: gw, istio.io/dataplane-mode: none}}\nspec: {nodeName: n1, serviceAccountName: gw, containers: []}\nstatus: {phase: Running, podIP: 10.0.0.9}\n";
+    let policy = format!("{policy}{apart}");
     let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s, namespace: shop, labels: {kubernetes.io/service-name: cart}}\naddressType: IPv4\nports: [{name: http, port: 8080}]\nendpoints: [{addresses: [10.9.9.9]}]\n";
     assert_eq!(listeners(&world(&policy)).len(), 3);
     assert_eq!(listeners(&world(&format!("{policy}{slice}"))), Vec::<String>::new());
