@@ -11,7 +11,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Context as _;
 use mesh_tests::{
     Pod, World,
-    world::{Family, program, service, sleeper},
+    world::{Family, program, two_nodes},
 };
 
 use crate::{
@@ -20,20 +20,6 @@ use crate::{
     report::Report,
     usage::Processes,
 };
-
-const BASE: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
-";
 
 /// Pods: clients on n1, servers beside them and on n2; the plain ones carry Envoy too.
 const PODS: &[(&str, &str, &str)] = &[
@@ -81,11 +67,7 @@ fn options() -> anyhow::Result<Options> {
 
 fn run() -> anyhow::Result<()> {
     let options = options()?;
-    let mut text = BASE.to_owned();
-    for (namespace, name, node) in PODS {
-        text += &sleeper(namespace, name, node);
-        text += &service(namespace, name, load::PORT);
-    }
+    let text = two_nodes(PODS, load::PORT);
     eprintln!("bench: starting a local mesh");
     let world = World::up("bench", &[("mesh.yaml", &text)])?;
     let pod = |key| world.pod(key);

@@ -500,6 +500,34 @@ pub fn program(name: &str) -> anyhow::Result<PathBuf> {
     found.with_context(|| format!("{name} is not built: run `cargo xtask test`, which builds it first"))
 }
 
+/// The label that enrols, as it stands in [`two_nodes`].
+pub const ENROLLED: &str = ", labels: {istio.io/dataplane-mode: ambient}";
+
+/// YAML of the world that most suites share: nodes `n1` and `n2`, namespace `mesh` (enrolled) and `plain` (not), and for
+/// each `(namespace, name, node)` a pod that does nothing with a service of its own in front.
+pub fn two_nodes(pods: &[(&str, &str, &str)], port: u16) -> String {
+    let mut text = format!(
+        "
+apiVersion: v1
+kind: Namespace
+metadata: {{name: mesh{ENROLLED}}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {{name: plain}}
+---
+{{apiVersion: v1, kind: Node, metadata: {{name: n1}}}}
+---
+{{apiVersion: v1, kind: Node, metadata: {{name: n2}}}}
+"
+    );
+    for (namespace, name, node) in pods {
+        text += &sleeper(namespace, name, node);
+        text += &service(namespace, name, port);
+    }
+    text
+}
+
 /// YAML of a pod that does nothing: suites run their peers inside its namespace. Its service account is its name.
 pub fn sleeper(namespace: &str, name: &str, node: &str) -> String {
     format!(

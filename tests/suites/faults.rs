@@ -9,24 +9,13 @@ use mesh_tests::{
     peer::{Outcome, Server, ended, greet_and_echo, ping, talk},
     wait,
     wire::Wire,
-    world::{Family, service, sleeper},
+    world::{ENROLLED, Family, sleeper, two_nodes},
 };
 
 const PORT: u16 = 8080;
 const CANARY: &[u8] = b"PLAINTEXT-CANARY";
-const BASE: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
-";
+const PODS: &[(&str, &str, &str)] =
+    &[("mesh", "client", "n1"), ("mesh", "near", "n1"), ("mesh", "far", "n2"), ("plain", "outsider", "n1")];
 const DENY: &str = "
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -48,16 +37,7 @@ struct Fixture {
 
 impl Fixture {
     fn up() -> anyhow::Result<Self> {
-        let mut text = BASE.to_owned();
-        for (namespace, name, node) in [
-            ("mesh", "client", "n1"),
-            ("mesh", "near", "n1"),
-            ("mesh", "far", "n2"),
-            ("plain", "outsider", "n1"),
-        ] {
-            text += &sleeper(namespace, name, node);
-            text += &service(namespace, name, PORT);
-        }
+        let text = two_nodes(PODS, PORT);
         let world = World::up("faults", &[("mesh.yaml", &text)])?;
         let (near, far) = (world.pod("mesh/near")?, world.pod("mesh/far")?);
         let servers = [&near, &far]
@@ -170,24 +150,14 @@ fn leaving(fixture: &Fixture) -> anyhow::Result<()> {
     fixture.world.apply(&[("policy.yaml", "")])?;
     let mut direct = fixture.open(&fixture.client, &fixture.near, Family::V4)?;
     let mut plain = fixture.open(&fixture.outsider, &fixture.near, Family::V4)?;
-    let without = BASE.replace(", labels: {istio.io/dataplane-mode: ambient}", "");
-    fixture.world.apply(&[("zz-namespace.yaml", "")])?;
-    let mut text = without;
-    for (namespace, name, node) in
-        [("mesh", "client", "n1"), ("mesh", "near", "n1"), ("mesh", "far", "n2"), ("plain", "outsider", "n1")]
-    {
-        text += &sleeper(namespace, name, node);
-        text += &service(namespace, name, PORT);
-    }
+    let enrolled = two_nodes(PODS, PORT);
+    let text = enrolled.replace(ENROLLED, "");
     let status = fixture.world.apply(&[("mesh.yaml", &text)])?;
     ensure!(status.pods.iter().all(|pod| !pod.enrolled), "a pod is still enrolled: {:?}", status.pods);
     ping(&mut direct, b"direct, kept").context("direct")?;
     ping(&mut plain, b"plain, kept").context("plain")?;
     fixture.open(&fixture.client, &fixture.far, Family::V4)?;
-    let status = fixture.world.apply(&[(
-        "mesh.yaml",
-        &text.replacen("name: mesh}", "name: mesh, labels: {istio.io/dataplane-mode: ambient}}", 1),
-    )])?;
+    let status = fixture.world.apply(&[("mesh.yaml", &enrolled)])?;
     ensure!(
         status.pods.iter().filter(|pod| pod.enrolled).count() == 3,
         "not enrolled again: {:?}",

@@ -34,7 +34,7 @@ use mesh_tests::{
     Pod, Suite, World, netns,
     peer::{Outcome, Server, greet_and_echo, ping, talk},
     wait,
-    world::{Family, service, sleeper},
+    world::{Family, two_nodes},
 };
 use tokio::{
     io::AsyncReadExt as _,
@@ -44,20 +44,6 @@ use tokio::{
 const PORT: u16 = 8080;
 /// Lifetime of certificates in this suite: several renewals fit into a case.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(12);
-const BASE: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
-";
-
 struct Fixture {
     world: World,
     server: Server,
@@ -70,16 +56,13 @@ struct Fixture {
 
 impl Fixture {
     fn up() -> anyhow::Result<Self> {
-        let mut text = BASE.to_owned();
-        for (namespace, name, node) in [
+        let pods = [
             ("mesh", "client", "n1"),
             ("mesh", "far", "n2"),
             ("mesh", "far2", "n2"),
             ("plain", "outsider", "n1"),
-        ] {
-            text += &sleeper(namespace, name, node);
-            text += &service(namespace, name, PORT);
-        }
+        ];
+        let text = two_nodes(&pods, PORT);
         let ttl = format!("{}s", CERTIFICATE_TTL.as_secs());
         let world =
             World::up_with("identity", &[("mesh.yaml", &text)], &[("UNDERMESH_MAX_CERTIFICATE_TTL", &ttl)])?;

@@ -12,7 +12,7 @@ use mesh_tests::{
     Pod, Suite, World, netns,
     peer::{Outcome, PEER_DEADLINE, Server, dial, ended, greet_and_echo, ping, talk},
     wire::Wire,
-    world::{Family, service, sleeper},
+    world::{Family, two_nodes},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -20,19 +20,7 @@ const PORT: u16 = 8080;
 /// The mesh's own ports: outbound, inbound plaintext, HBONE.
 const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
 const CANARY: &[u8] = b"PLAINTEXT-CANARY-of-the-security-suite";
-const MESH: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
----
+const POLICY: &str = "
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: {name: default, namespace: mesh}
@@ -60,19 +48,16 @@ struct Fixture {
 
 impl Fixture {
     fn up() -> anyhow::Result<Self> {
-        let mut text = MESH.to_owned();
-        for (namespace, name, node) in [
+        let pods = [
             ("mesh", "client", "n1"),
             ("mesh", "near", "n1"),
             ("mesh", "far", "n2"),
             // Enrolled, but named by no policy.
             ("mesh", "intruder", "n1"),
             ("plain", "outsider", "n1"),
-        ] {
-            text += &sleeper(namespace, name, node);
-            text += &service(namespace, name, PORT);
-        }
-        let world = World::up("security", &[("mesh.yaml", &text)])?;
+        ];
+        let text = two_nodes(&pods, PORT);
+        let world = World::up("security", &[("mesh.yaml", &text), ("policy.yaml", POLICY)])?;
         let (near, far) = (world.pod("mesh/near")?, world.pod("mesh/far")?);
         Ok(Self {
             near_server: Server::start(&near, PORT, greet_and_echo())?,

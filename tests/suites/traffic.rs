@@ -14,22 +14,8 @@ use anyhow::{Context as _, ensure};
 use mesh_tests::{
     Pod, Suite, World, netns,
     peer::{Outcome, PEER_DEADLINE, Server, dial, greet_and_echo, ping, talk},
-    world::Family,
+    world::{Family, two_nodes},
 };
-
-const MESH: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
-";
 
 /// Pods of the suite: namespace, name, node.
 const PODS: &[(&str, &str, &str)] = &[
@@ -71,10 +57,7 @@ struct Fixture {
 
 impl Fixture {
     fn up() -> anyhow::Result<Self> {
-        let mut text = MESH.to_owned();
-        for (namespace, name, node) in PODS {
-            text.push_str(&mesh_tests::world::sleeper(namespace, name, node));
-        }
+        let text = two_nodes(PODS, PORT);
         let world = World::up("traffic", &[("mesh.yaml", &text)])?;
         Ok(Self {
             client: world.pod("mesh/client")?,

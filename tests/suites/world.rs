@@ -7,24 +7,10 @@ use anyhow::ensure;
 use mesh_tests::{
     Pod, Suite, World,
     peer::{Outcome, Server, greet_and_echo, ping, talk},
-    world::{Family, service, sleeper},
+    world::{Family, two_nodes},
 };
 
 const PORT: u16 = 8080;
-const BASE: &str = "
-apiVersion: v1
-kind: Namespace
-metadata: {name: mesh, labels: {istio.io/dataplane-mode: ambient}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
----
-{apiVersion: v1, kind: Node, metadata: {name: n1}}
----
-{apiVersion: v1, kind: Node, metadata: {name: n2}}
-";
-
 /// What the namespace `mesh` is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Policy {
@@ -126,16 +112,13 @@ struct Fixture {
 
 impl Fixture {
     fn up() -> anyhow::Result<Self> {
-        let mut text = BASE.to_owned();
-        for (namespace, name, node) in [
+        let pods = [
             ("mesh", "client", "n1"),
             ("mesh", "near", "n1"),
             ("mesh", "far", "n2"),
             ("plain", "outsider", "n1"),
-        ] {
-            text += &sleeper(namespace, name, node);
-            text += &service(namespace, name, PORT);
-        }
+        ];
+        let text = two_nodes(&pods, PORT);
         let world = World::up("world", &[("mesh.yaml", &text)])?;
         let pod = |key| world.pod(key);
         let (client, outsider) = (pod("mesh/client")?, pod("plain/outsider")?);
