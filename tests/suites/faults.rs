@@ -61,6 +61,7 @@ fn main() -> ExitCode {
     suite.case("a_policy_change_cuts_live_connections_on_every_path_and_no_other", policy_change);
     suite.case("a_killed_agent_leaves_same_node_calls_alone_and_the_rest_closed", agent_killed);
     suite.case("without_the_control_plane_everything_permitted_goes_on", control_killed);
+    suite.case("a_policy_file_that_breaks_goes_on_denying_also_after_a_restart", broken_file);
     suite.case("leaving_the_mesh_keeps_direct_connections", leaving);
     suite.case("a_deleted_pod_ends_its_connections", deleted);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
@@ -143,6 +144,39 @@ fn control_killed(fixture: &Fixture) -> anyhow::Result<()> {
     fixture.world.apply(&[("policy.yaml", DENY)])?;
     ensure!(ended(&mut open), "the change did not reach the agents after the restart");
     fixture.world.apply(&[("policy.yaml", "")])?;
+    Ok(())
+}
+
+fn broken_file(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", DENY)])?;
+    let refused = || -> anyhow::Result<()> {
+        for server in [&fixture.near, &fixture.far] {
+            let greeted = talk(&fixture.client, server.at(Family::V4, PORT)?).greeted();
+            ensure!(!greeted, "{} is reached past the policy that broke", server.name);
+        }
+        Ok(())
+    };
+    refused()?;
+    fixture.world.write("policy.yaml", &DENY.replace("spec:", "spec: ["))?;
+    // Told, and the only thing that is told.
+    let told = || {
+        wait::until("the broken file to be the only thing that waits", || {
+            let status = fixture.world.status().map_err(|error| format!("{error:#}"))?;
+            let only =
+                !status.waiting.is_empty() && status.waiting.iter().all(|line| line.contains("policy.yaml"));
+            if only { Ok(status) } else { Err(format!("{:?}", status.waiting)) }
+        })
+    };
+    let restarts = told()?.control.restarts;
+    refused()?;
+    fixture.world.kill_control()?;
+    wait::until_true("the control plane to be started again", || {
+        fixture.world.status().is_ok_and(|status| status.control.restarts > restarts)
+    })?;
+    told()?;
+    refused()?;
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    fixture.open(&fixture.client, &fixture.far, Family::V4)?;
     Ok(())
 }
 

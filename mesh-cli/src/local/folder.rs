@@ -19,7 +19,9 @@ const SETTLE_LOOKS: usize = 20;
 pub struct UserFile {
     /// The text as it is on disk.
     pub text: String,
-    /// The objects of the last text that parsed.
+    /// The last text that parsed.
+    pub good: Option<String>,
+    /// Its objects.
     pub documents: Vec<Document>,
     /// Why the present text does not parse.
     pub broken: Option<Problem>,
@@ -48,7 +50,9 @@ impl Folder {
             let file = self.files.entry(path.clone()).or_default();
             changed = true;
             match parse(&path, &text) {
-                Ok(documents) => (file.documents, file.broken) = (documents, None),
+                Ok(documents) => {
+                    (file.documents, file.broken, file.good) = (documents, None, Some(text.clone()));
+                }
                 Err(problem) => file.broken = Some(*problem),
             }
             file.text = text;

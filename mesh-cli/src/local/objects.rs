@@ -71,12 +71,15 @@ impl Rendered {
 pub fn render(folder: &Folder, wanted: &Wanted, services: &[PlacedService], pods: &[PodFacts]) -> Rendered {
     let mut out = Rendered::default();
     for (path, file) in &folder.files {
-        let text = if file.broken.is_some() {
-            // As it is: the control plane reports it and keeps the last good objects of this file, as we do.
-            file.text.clone()
-        } else {
-            let gone: Vec<&Document> = file.documents.iter().filter(|document| completed(document)).collect();
-            without(&file.text, &gone)
+        // What no longer parses stays as it last did, also for a control plane that is started anew meanwhile; what is
+        // wrong with it is told here. What never parsed is given as it is: there is nothing better.
+        let text = match &file.good {
+            Some(good) => {
+                let gone: Vec<&Document> =
+                    file.documents.iter().filter(|document| completed(document)).collect();
+                without(good, &gone)
+            }
+            None => file.text.clone(),
         };
         out.files.insert(format!("{USER}/{path}"), text);
     }
