@@ -82,6 +82,12 @@ impl Draft {
     /// Asks the control plane and the agents.
     pub fn complete(self) -> Status {
         let Self { mut status, rendered } = self;
+        // What is written and cannot be read or run does not hold. What the control plane adds below holds as its text
+        // says: a route to a backend that does not exist is in force, and answers 500.
+        let broken = status.problems.iter().filter(|problem| problem.severity == "error");
+        status
+            .waiting
+            .extend(broken.map(|problem| format!("{}:{}: {}", problem.file, problem.line, problem.reason)));
         let sockets: Vec<PathBuf> = status.nodes.iter().map(|node| node.admin_socket.clone()).collect();
         let control_socket = status.control.admin_socket.clone();
         // All at once: a hung process delays the answer by one deadline, not by one each.
@@ -118,11 +124,6 @@ impl Draft {
             }
             Err(error) => status.waiting.push(format!("control plane: {error}")),
         }
-        // What is written and cannot be read or obeyed does not hold.
-        let broken = status.problems.iter().filter(|problem| problem.severity == "error");
-        status
-            .waiting
-            .extend(broken.map(|problem| format!("{}:{}: {}", problem.file, problem.line, problem.reason)));
         status.in_force = status.waiting.is_empty();
         status
     }
