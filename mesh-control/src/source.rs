@@ -20,8 +20,8 @@ pub mod kinds;
 pub use document::{Parsed, parse};
 
 use kinds::{
-    AuthorizationPolicySpec, GatewaySpec, GatewayStatus, HttpRouteSpec, PeerAuthenticationSpec,
-    ReferenceGrantSpec,
+    AuthorizationPolicySpec, GatewayClassSpec, GatewaySpec, GatewayStatus, GrpcRouteSpec, HttpRouteSpec,
+    PeerAuthenticationSpec, ReferenceGrantSpec,
 };
 
 /// The kinds that the mesh reads.
@@ -41,10 +41,14 @@ pub enum Kind {
     ServiceAccount,
     /// `v1` ConfigMap.
     ConfigMap,
+    /// `gateway.networking.k8s.io` GatewayClass.
+    GatewayClass,
     /// `gateway.networking.k8s.io` Gateway.
     Gateway,
     /// `gateway.networking.k8s.io` HTTPRoute.
     HttpRoute,
+    /// `gateway.networking.k8s.io` GRPCRoute.
+    GrpcRoute,
     /// `gateway.networking.k8s.io` ReferenceGrant.
     ReferenceGrant,
     /// `security.istio.io` AuthorizationPolicy.
@@ -63,8 +67,10 @@ impl Kind {
         (Self::EndpointSlice, "discovery.k8s.io", &["v1"], "EndpointSlice"),
         (Self::ServiceAccount, "", &["v1"], "ServiceAccount"),
         (Self::ConfigMap, "", &["v1"], "ConfigMap"),
+        (Self::GatewayClass, "gateway.networking.k8s.io", &["v1", "v1beta1"], "GatewayClass"),
         (Self::Gateway, "gateway.networking.k8s.io", &["v1", "v1beta1"], "Gateway"),
         (Self::HttpRoute, "gateway.networking.k8s.io", &["v1", "v1beta1"], "HTTPRoute"),
+        (Self::GrpcRoute, "gateway.networking.k8s.io", &["v1"], "GRPCRoute"),
         (Self::ReferenceGrant, "gateway.networking.k8s.io", &["v1", "v1beta1"], "ReferenceGrant"),
         (Self::AuthorizationPolicy, "security.istio.io", &["v1", "v1beta1"], "AuthorizationPolicy"),
         (Self::PeerAuthentication, "security.istio.io", &["v1", "v1beta1"], "PeerAuthentication"),
@@ -94,7 +100,7 @@ impl Kind {
 
     /// Whether objects of this kind live in a namespace.
     pub fn namespaced(self) -> bool {
-        !matches!(self, Self::Namespace | Self::Node)
+        !matches!(self, Self::Namespace | Self::Node | Self::GatewayClass)
     }
 
     /// Whether the object restricts who may talk to whom: broken, it must deny rather than vanish.
@@ -172,8 +178,10 @@ pub enum Value {
     EndpointSlice(Box<EndpointSlice>),
     ServiceAccount(Box<ServiceAccount>),
     ConfigMap(Box<ConfigMap>),
+    GatewayClass(Box<GatewayClassSpec>),
     Gateway(Box<GatewaySpec>, Box<GatewayStatus>),
     HttpRoute(Box<HttpRouteSpec>),
+    GrpcRoute(Box<GrpcRouteSpec>),
     ReferenceGrant(Box<ReferenceGrantSpec>),
     AuthorizationPolicy(Box<AuthorizationPolicySpec>),
     PeerAuthentication(Box<PeerAuthenticationSpec>),
@@ -197,6 +205,11 @@ impl Object {
     /// Seconds since the epoch at which the object was created; objects without one are the youngest.
     pub fn created(&self) -> i64 {
         self.meta.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.timestamp())
+    }
+
+    /// `metadata.generation`; zero where the source has none.
+    pub fn generation(&self) -> i64 {
+        self.meta.generation.unwrap_or(0)
     }
 
     /// A problem of this object.

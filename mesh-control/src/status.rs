@@ -16,6 +16,8 @@ use crate::{
     source::{Problem, Severity},
 };
 
+pub mod object;
+
 /// The answer of `/status`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {

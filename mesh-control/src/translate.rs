@@ -81,6 +81,8 @@ pub struct Translated {
     pub origin: Origin,
     /// Seconds since the epoch; objects without a time are the youngest.
     pub created: i64,
+    /// `metadata.generation`, for what is told about it.
+    pub generation: i64,
     /// What it says.
     pub fragment: Fragment,
     /// What is wrong with it by itself.
@@ -150,6 +152,11 @@ pub fn translate(object: &Object, mesh: &Mesh) -> Translated {
             Some(facts) => Fragment::Route(facts),
             None => Fragment::Nothing,
         },
+        Value::GatewayClass(_) => Fragment::Nothing,
+        Value::GrpcRoute(_) => {
+            report.error("", "GRPCRoutes are not supported yet: no effect");
+            Fragment::Nothing
+        }
         Value::ReferenceGrant(spec) => Fragment::Grant(gateway::grant(spec)),
         Value::AuthorizationPolicy(spec) => {
             Fragment::Authorization(policy::authorization(object, spec, mesh, &mut report))
@@ -165,6 +172,7 @@ pub fn translate(object: &Object, mesh: &Mesh) -> Translated {
         key: object.key.clone(),
         origin: object.origin.clone(),
         created: object.created(),
+        generation: object.generation(),
         fragment,
         problems: report.problems,
     }

@@ -289,6 +289,7 @@ fn read_object(
         Kind::EndpointSlice => Value::EndpointSlice(typed("", value)?),
         Kind::ServiceAccount => Value::ServiceAccount(typed("", value)?),
         Kind::ConfigMap => Value::ConfigMap(typed("", value)?),
+        Kind::GatewayClass => Value::GatewayClass(typed("spec", spec())?),
         Kind::Gateway => {
             let status = value.get("status").cloned().unwrap_or_else(|| Json::Object(serde_json::Map::new()));
             Value::Gateway(typed("spec", spec())?, Box::new(typed::<GatewayStatus>("status", status)?))
@@ -296,6 +297,10 @@ fn read_object(
         Kind::HttpRoute => {
             only(&value, &["apiVersion", "kind", "metadata", "spec", "status"])?;
             Value::HttpRoute(typed("spec", spec())?)
+        }
+        Kind::GrpcRoute => {
+            only(&value, &["apiVersion", "kind", "metadata", "spec", "status"])?;
+            Value::GrpcRoute(typed("spec", spec())?)
         }
         Kind::ReferenceGrant => Value::ReferenceGrant(typed("spec", spec())?),
         Kind::AuthorizationPolicy => {

@@ -21,15 +21,29 @@ macro_rules! strict {
 pub type Unread = Option<serde_json::Value>;
 
 strict! {
+    /// `spec` of a GatewayClass.
+    pub struct GatewayClassSpec {
+        controller_name: String,
+        description: Option<String>,
+        parameters_ref: Unread,
+    }
+
     /// `spec` of a Gateway.
     pub struct GatewaySpec {
         gateway_class_name: String,
         listeners: Vec<GatewayListener>,
         addresses: Unread,
-        infrastructure: Unread,
+        infrastructure: Option<Infrastructure>,
         allowed_listeners: Unread,
         tls: Unread,
         default_scope: Unread,
+    }
+
+    /// What is to be found on the objects that are made for a Gateway.
+    pub struct Infrastructure {
+        labels: BTreeMap<String, String>,
+        annotations: BTreeMap<String, String>,
+        parameters_ref: Unread,
     }
 
     /// One listener of a Gateway.
@@ -45,7 +59,13 @@ strict! {
     /// Which namespaces may bind to a listener.
     pub struct AllowedRoutes {
         namespaces: Option<RouteNamespaces>,
-        kinds: Unread,
+        kinds: Vec<AllowedKind>,
+    }
+
+    /// A kind of route that may attach.
+    pub struct AllowedKind {
+        group: Option<String>,
+        kind: String,
     }
 
     /// `allowedRoutes.namespaces`.
@@ -89,7 +109,7 @@ strict! {
     pub struct HttpRouteRule {
         name: Option<String>,
         matches: Vec<HttpRouteMatch>,
-        filters: Vec<serde_json::Value>,
+        filters: Vec<RouteFilter>,
         backend_refs: Vec<BackendRef>,
         timeouts: Option<RouteTimeouts>,
         retry: Unread,
@@ -127,7 +147,88 @@ strict! {
         name: String,
         port: Option<u16>,
         weight: Option<i64>,
-        filters: Vec<serde_json::Value>,
+        filters: Vec<RouteFilter>,
+    }
+
+    /// What is done to a request or its response.
+    pub struct RouteFilter {
+        #[serde(rename = "type")]
+        kind: String,
+        request_header_modifier: Option<HeaderModifier>,
+        response_header_modifier: Option<HeaderModifier>,
+        request_redirect: Option<RequestRedirect>,
+        url_rewrite: Option<UrlRewrite>,
+        request_mirror: Unread,
+        extension_ref: Unread,
+        cors: Unread,
+        external_auth: Unread,
+    }
+
+    /// `requestHeaderModifier` and `responseHeaderModifier`.
+    pub struct HeaderModifier {
+        set: Vec<NamedValue>,
+        add: Vec<NamedValue>,
+        remove: Vec<String>,
+    }
+
+    /// A header field.
+    pub struct NamedValue {
+        name: String,
+        value: String,
+    }
+
+    /// `requestRedirect`.
+    pub struct RequestRedirect {
+        scheme: Option<String>,
+        hostname: Option<String>,
+        path: Option<PathModifier>,
+        port: Option<u16>,
+        status_code: Option<u16>,
+    }
+
+    /// `urlRewrite`.
+    pub struct UrlRewrite {
+        hostname: Option<String>,
+        path: Option<PathModifier>,
+    }
+
+    /// How a path is changed.
+    pub struct PathModifier {
+        #[serde(rename = "type")]
+        kind: String,
+        replace_full_path: Option<String>,
+        replace_prefix_match: Option<String>,
+    }
+
+    /// `spec` of a GRPCRoute.
+    pub struct GrpcRouteSpec {
+        parent_refs: Vec<ParentRef>,
+        hostnames: Vec<String>,
+        rules: Option<Vec<GrpcRouteRule>>,
+        use_default_gateways: Unread,
+    }
+
+    /// One rule of a GRPCRoute.
+    pub struct GrpcRouteRule {
+        name: Option<String>,
+        matches: Vec<GrpcRouteMatch>,
+        filters: Vec<RouteFilter>,
+        backend_refs: Vec<BackendRef>,
+        session_persistence: Unread,
+    }
+
+    /// One match of a rule.
+    pub struct GrpcRouteMatch {
+        method: Option<GrpcMethodMatch>,
+        headers: Vec<HttpValueMatch>,
+    }
+
+    /// Which service and method.
+    pub struct GrpcMethodMatch {
+        #[serde(rename = "type")]
+        kind: Option<String>,
+        service: Option<String>,
+        method: Option<String>,
     }
 
     /// Timeouts of a rule.

@@ -165,7 +165,7 @@ fn rule_of(object: &Object, rule: &HttpRouteRule, at: &str, report: &mut Report<
         .map(|(i, backend)| backend_of(object, backend, format!("{at}.backendRefs[{i}]"), report))
         .collect();
     if let Some(filter) = filters.first() {
-        let kind = filter.get("type").and_then(serde_json::Value::as_str).unwrap_or("?");
+        let kind = &filter.kind;
         let reason =
             format!("filter {kind:.60} is not supported yet: requests of this rule are answered with 500");
         report.warn(format!("{at}.filters[0]"), reason.as_str());
