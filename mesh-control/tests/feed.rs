@@ -136,7 +136,7 @@ impl World {
     /// A channel with the token of a caller; digit 0 is nobody's.
     fn channel(&self, digit: Option<&str>) -> AuthorizedChannel {
         channel(&ChannelConfig {
-            addr: self.addr,
+            addr: self.addr.into(),
             roots: PemSource::File(self.dir.path().join("ca/root-cert.pem")),
             server_name: None,
             token: digit.map(|digit| PemSource::Text(digit.repeat(64))),

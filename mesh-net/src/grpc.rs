@@ -1,6 +1,8 @@
 //! gRPC between proxies and control plane, over TLS that we set up ourselves: 1.3 only, roots from a file that is read
 //! again at each connect, the bearer token from a file that is read again for each request.
 
+mod endpoint;
+
 use std::{
     io,
     net::SocketAddr,
@@ -26,11 +28,12 @@ use tonic::{
     metadata::AsciiMetadataValue,
     service::{Interceptor, interceptor::InterceptedService},
     transport::{
-        Channel, Endpoint,
+        self, Channel,
         server::{Connected, Router},
     },
 };
 
+pub use self::endpoint::{Endpoint, NotAnEndpoint};
 use crate::{
     drain::Draining,
     listen::{Accepting, Reserve, accept_loop},
@@ -39,7 +42,8 @@ use crate::{
     tunnel::{Connector, DirectConnector, Handshakes},
 };
 
-/// TCP connect to the control plane (`wire-protocol.md` X3).
+/// TCP connect to one address of the control plane (`wire-protocol.md` X3); a name gets as long to be resolved, and a
+/// second address its turn.
 const CONNECT: Duration = Duration::from_secs(5);
 /// HTTP/2 PING to the control plane (`wire-protocol.md` X3).
 const PING: Duration = Duration::from_secs(30);
@@ -75,11 +79,11 @@ impl PemSource {
 /// How to reach and trust the control plane.
 #[derive(Clone)]
 pub struct ChannelConfig {
-    /// Its address.
-    pub addr: SocketAddr,
+    /// Where it is.
+    pub addr: Endpoint,
     /// Roots that its certificate must lead to.
     pub roots: PemSource,
-    /// The name that its certificate must have; none: its address.
+    /// The name that its certificate must have; none: the host of its address.
     pub server_name: Option<String>,
     /// Bearer token of the caller.
     pub token: Option<PemSource>,
@@ -91,9 +95,9 @@ pub struct ChannelConfig {
 
 impl ChannelConfig {
     /// The usual: roots and token in files, name checked against the address.
-    pub fn new(addr: SocketAddr, roots: PathBuf, token: Option<PathBuf>) -> Self {
+    pub fn new(addr: impl Into<Endpoint>, roots: PathBuf, token: Option<PathBuf>) -> Self {
         Self {
-            addr,
+            addr: addr.into(),
             roots: PemSource::File(roots),
             server_name: None,
             token: token.map(PemSource::File),
@@ -128,17 +132,17 @@ pub fn channel(config: &ChannelConfig) -> Result<AuthorizedChannel, GrpcError> {
     let name = match &config.server_name {
         Some(name) => ServerName::try_from(name.clone())
             .map_err(|_| GrpcError::Name(format!("{name:?} is not a server name")))?,
-        None => ServerName::IpAddress(config.addr.ip().into()),
+        None => config.addr.server_name().map_err(|error| GrpcError::Name(error.to_string()))?,
     };
     let uri = format!("http://{}", config.addr);
-    let endpoint = Endpoint::from_shared(uri)
+    let endpoint = transport::Endpoint::from_shared(uri)
         .map_err(|error| GrpcError::Name(error.to_string()))?
-        .connect_timeout(CONNECT + TLS_HANDSHAKE)
+        .connect_timeout(CONNECT * 3 + TLS_HANDSHAKE)
         .http2_keep_alive_interval(PING)
         .keep_alive_timeout(PING_ANSWER)
         .keep_alive_while_idle(true);
     let dialer = Arc::new(Dialer {
-        addr: config.addr,
+        addr: config.addr.clone(),
         roots: config.roots.clone(),
         name,
         connector: config.connector.clone().unwrap_or_else(|| Arc::new(DirectConnector)),
@@ -154,7 +158,7 @@ pub fn channel(config: &ChannelConfig) -> Result<AuthorizedChannel, GrpcError> {
 }
 
 struct Dialer {
-    addr: SocketAddr,
+    addr: Endpoint,
     roots: PemSource,
     name: ServerName<'static>,
     connector: Arc<dyn Connector>,
@@ -163,9 +167,7 @@ struct Dialer {
 impl Dialer {
     async fn dial(&self) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
         let config = Arc::new(client_config(&self.roots.read()?).map_err(io::Error::other)?);
-        let tcp = tokio::time::timeout(CONNECT, self.connector.connect(self.addr))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "TCP connect deadline"))??;
+        let tcp = self.addr.connect(&*self.connector, CONNECT).await?;
         let handshake = tokio_rustls::TlsConnector::from(config).connect(self.name.clone(), tcp);
         tokio::time::timeout(TLS_HANDSHAKE, handshake)
             .await

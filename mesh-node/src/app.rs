@@ -58,7 +58,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let credential = Some(config.control.credential.clone());
     let control = ChannelConfig {
         server_name: Some(config.control.name.clone()),
-        ..ChannelConfig::new(config.control.address, config.control.roots.clone(), credential)
+        ..ChannelConfig::new(config.control.address.clone(), config.control.roots.clone(), credential)
     };
     let ca = Arc::new(CaClient::new(grpc::channel(&control)?, Asking::ForPods));
     let chance = Chance::random();

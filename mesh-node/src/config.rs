@@ -1,9 +1,9 @@
 //! What the agent was told: flags and environment, checked once.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf};
+use std::{fs, io, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use mesh_net::telemetry::LogFormat;
+use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
 use thiserror::Error;
 
 /// The node agent of Undermesh: captures the pods of one node and carries their connections.
@@ -32,9 +32,9 @@ pub struct Settings {
     /// Name of the Kubernetes node that this agent serves.
     #[arg(long, env = "UNDERMESH_NODE")]
     pub node: String,
-    /// Address of the control plane, discovery and CA.
-    #[arg(long, env = "UNDERMESH_CONTROL", value_name = "IP:PORT")]
-    pub control: SocketAddr,
+    /// Where the control plane is, discovery and CA; a name is resolved for each connection.
+    #[arg(long, env = "UNDERMESH_CONTROL", value_name = "HOST:PORT")]
+    pub control: Endpoint,
     /// PEM file with the roots that the control plane's certificate must chain to.
     #[arg(long, env = "UNDERMESH_CONTROL_ROOTS", value_name = "FILE")]
     pub control_roots: PathBuf,
@@ -145,8 +145,8 @@ pub struct Config {
 /// How the control plane is reached.
 #[derive(Clone, Debug)]
 pub struct Control {
-    /// Its address.
-    pub address: SocketAddr,
+    /// Where it is.
+    pub address: Endpoint,
     /// File with the PEM roots of its certificate; read again when they change.
     pub roots: PathBuf,
     /// DNS name in its certificate.
@@ -182,7 +182,7 @@ impl Config {
         Ok(Self {
             node: settings.node.clone(),
             control: Control {
-                address: settings.control,
+                address: settings.control.clone(),
                 roots: settings.control_roots.clone(),
                 name: settings.control_name.clone(),
                 credential: settings.credential.clone(),

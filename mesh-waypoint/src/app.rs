@@ -218,7 +218,7 @@ fn control_of(settings: &Settings) -> ChannelConfig {
         server_name: Some(settings.control_name.clone()),
         cluster: settings.cluster.clone(),
         ..ChannelConfig::new(
-            settings.control,
+            settings.control.clone(),
             settings.control_roots.clone(),
             Some(settings.credential.clone()),
         )

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Parser;
 use mesh_core::id::Identity;
-use mesh_net::telemetry::LogFormat;
+use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
 
 /// The L7 proxy of one Gateway object: HBONE in, HTTP routed, HBONE out.
 #[derive(Clone, Debug, Parser)]
@@ -31,9 +31,9 @@ pub struct Settings {
     /// Node that this pod is on, for telemetry.
     #[arg(long, env = "UNDERMESH_NODE", default_value = "")]
     pub node: String,
-    /// Discovery and certificates: address of the control plane.
-    #[arg(long, env = "UNDERMESH_CONTROL")]
-    pub control: SocketAddr,
+    /// Discovery and certificates: where the control plane is; a name is resolved for each connection.
+    #[arg(long, env = "UNDERMESH_CONTROL", value_name = "HOST:PORT")]
+    pub control: Endpoint,
     /// Name in the control plane's certificate.
     #[arg(long, env = "UNDERMESH_CONTROL_NAME", default_value = "undermesh-control.undermesh-system.svc")]
     pub control_name: String,
