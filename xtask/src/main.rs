@@ -5,11 +5,16 @@
 
 mod bench;
 mod check;
+mod cluster;
+mod conformance;
 mod demo;
 mod ebpf;
 mod fuzz;
 mod r#gen;
+mod go;
+mod image;
 mod kernels;
+mod oci;
 mod setup;
 mod shell;
 mod test;
@@ -41,6 +46,18 @@ enum Task {
     Check,
     /// Measure the cost of a connection against plain TCP and an Envoy pair.
     Bench(bench::Options),
+    /// A real Kubernetes on this machine: two nodes, IPv4 and IPv6.
+    Cluster(cluster::Options),
+    /// Run the official Gateway API conformance suite on a cluster.
+    Conformance(conformance::Options),
+    /// Build the images as OCI archives, without a container engine.
+    Image(image::Options),
+    /// The first process of a machine of a cluster.
+    #[command(hide = true)]
+    Machine {
+        /// What it is to be.
+        spec: std::path::PathBuf,
+    },
     /// Write the generated files, `docs/flags.md`.
     Gen,
 }
@@ -54,6 +71,10 @@ fn main() -> ExitCode {
         Task::Test(options) => setup::where_possible().and_then(|()| test::run(&options)),
         Task::Check => check::run(),
         Task::Bench(options) => setup::where_possible().and_then(|()| bench::run(&options)),
+        Task::Cluster(options) => cluster::run(&options),
+        Task::Image(options) => image::run(&options),
+        Task::Conformance(options) => conformance::run(&options),
+        Task::Machine { spec } => cluster::run_machine(&spec),
         Task::Gen => r#gen::write(),
     };
     match done {

@@ -10,7 +10,7 @@ use crate::shell;
 /// # Errors
 /// When something is missing and cannot be installed from here; says what to do.
 pub fn run() -> anyhow::Result<()> {
-    packages::install()?;
+    packages::install(packages::BASE)?;
     let route = toolchain::bpf_linker()?;
     println!("setup: programs for the kernel are built with {route}");
     toolchain::cargo_deny()?;
@@ -29,6 +29,22 @@ pub fn where_possible() -> anyhow::Result<()> {
 /// Whether `cargo xtask setup` may install packages here.
 fn may_install() -> bool {
     shell::is_root() && shell::on_path("apt-get").is_some()
+}
+
+/// Installs what a cluster needs besides: only who asks for one pays for it.
+///
+/// # Errors
+/// When something is missing and cannot be installed from here.
+pub fn cluster() -> anyhow::Result<()> {
+    packages::install(packages::CLUSTER)
+}
+
+/// Installs Debian's Go, to fetch a newer one with.
+///
+/// # Errors
+/// When it is missing and cannot be installed from here.
+pub fn go_bootstrap() -> anyhow::Result<()> {
+    packages::install(packages::GO)
 }
 
 pub use toolchain::{CARGO_DENY_VERSION, Route, cargo_deny_program, choose_route};

@@ -1,6 +1,7 @@
 //! Programs that tasks run.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
@@ -87,6 +88,16 @@ pub fn quiet(command: &mut Command) -> anyhow::Result<Output> {
 pub fn on_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
+
+/// Absolute paths of the shared libraries, and of the loader, that a program needs.
+///
+/// # Errors
+/// When ldd cannot tell.
+pub fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
+    let listed = output(command("ldd").arg(program))?;
+    let words = listed.split_whitespace().filter(|word| word.starts_with('/'));
+    Ok(words.map(|word| PathBuf::from(word.trim_end_matches(':'))).filter(|file| file != program).collect())
 }
 
 /// Whether this process may enter namespaces and load programs.

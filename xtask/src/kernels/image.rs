@@ -101,13 +101,13 @@ pub fn pack(contents: &Contents, kernel: &Kernel, folder: &Path) -> anyhow::Resu
     let mut libraries = BTreeSet::new();
     for tool in TOOLS {
         let file = shell::on_path(tool).with_context(|| format!("{tool} is not installed"))?;
-        libraries.extend(libraries_of(&file)?);
+        libraries.extend(shell::libraries_of(&file)?);
         fs::copy(&file, root.join("usr/bin").join(tool))?;
     }
     let named = contents.programs.iter().map(|file| (file.file_name().unwrap_or_default().into(), file));
     let suites = contents.suites.iter().map(|(name, file)| (PathBuf::from(name), file));
     for (name, file) in named.chain(suites) {
-        libraries.extend(libraries_of(file)?);
+        libraries.extend(shell::libraries_of(file)?);
         let copy = root.join("app").join(name);
         // Without debug information: the image is held in memory twice.
         shell::output(shell::command("strip").arg("-o").arg(&copy).arg(file))?;
@@ -120,13 +120,6 @@ pub fn pack(contents: &Contents, kernel: &Kernel, folder: &Path) -> anyhow::Resu
     add_modules(kernel, &root.join("modules"))?;
     write_init(contents, &root.join("init"))?;
     archive(&root, folder.join("initramfs"))
-}
-
-/// Absolute paths of the shared libraries, and of the loader, that a program needs.
-fn libraries_of(program: &Path) -> anyhow::Result<BTreeSet<PathBuf>> {
-    let listed = shell::output(shell::command("ldd").arg(program))?;
-    let words = listed.split_whitespace().filter(|word| word.starts_with('/'));
-    Ok(words.map(|word| PathBuf::from(word.trim_end_matches(':'))).filter(|file| file != program).collect())
 }
 
 fn add_modules(kernel: &Kernel, folder: &Path) -> anyhow::Result<()> {

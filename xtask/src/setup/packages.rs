@@ -6,7 +6,10 @@ use super::may_install;
 use crate::shell;
 
 /// Package, and what needs it.
-const PACKAGES: &[(&str, &str)] = &[
+type Package = (&'static str, &'static str);
+
+/// What all tasks need.
+pub const BASE: &[Package] = &[
     ("build-essential", "linking; aws-lc"),
     ("cmake", "aws-lc"),
     ("clang", "the fuzz targets' libFuzzer"),
@@ -27,17 +30,30 @@ const PACKAGES: &[(&str, &str)] = &[
     ("python3-venv", "bench: the wheel of Envoy"),
 ];
 
+/// What a cluster needs besides.
+pub const CLUSTER: &[Package] = &[
+    ("containerd", "cluster: the container runtime"),
+    ("runc", "cluster: the container runtime"),
+    ("containernetworking-plugins", "cluster: the nodes' network"),
+    ("nftables", "cluster: kube-proxy"),
+    ("iproute2", "cluster: the network between the nodes"),
+    ("util-linux", "cluster: nsenter"),
+];
+
+/// Where there is no Go that is new enough.
+pub const GO: &[Package] = &[("golang-go", "to fetch a newer Go")];
+
 /// Installs the packages that are missing.
 ///
 /// # Errors
 /// When there are some and this is not root on Debian, or the mirror does not have them.
-pub fn install() -> anyhow::Result<()> {
-    let missing: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).filter(|name| !installed(name)).collect();
+pub fn install(packages: &[Package]) -> anyhow::Result<()> {
+    let missing: Vec<&str> = packages.iter().map(|(name, _)| *name).filter(|name| !installed(name)).collect();
     if missing.is_empty() {
-        println!("setup: all {} packages are there", PACKAGES.len());
+        println!("setup: all {} packages are there", packages.len());
         return Ok(());
     }
-    let reasons = PACKAGES.iter().filter(|(name, _)| missing.contains(name));
+    let reasons = packages.iter().filter(|(name, _)| missing.contains(name));
     for (name, reason) in reasons {
         println!("setup: {name} is missing (for {reason})");
     }
