@@ -190,4 +190,14 @@ mod tests {
         assert_eq!(names(&[]).expect("all").len(), RECIPES.len());
         assert!(names(&["nod"]).is_err());
     }
+
+    #[test]
+    fn bookinfo_is_deployed_with_the_image_that_is_built() {
+        let text = fs::read_to_string(shell::root().join("examples/bookinfo/kubernetes.yaml")).expect("YAML");
+        let named: Vec<_> = text.lines().filter(|line| line.contains("image:")).collect();
+        assert!(named.len() > 6, "{named:?}");
+        for line in named {
+            assert!(line.contains(&image_name("bookinfo")), "{line}");
+        }
+    }
 }

@@ -24,6 +24,9 @@ pub struct Get {
     /// Requests, one after the other. With more than one, each answer takes one line: its status and its body.
     #[arg(short = 'n', long, default_value_t = 1)]
     count: u32,
+    /// Seconds between the end of a request and the next.
+    #[arg(long, default_value_t = 0.0)]
+    pause: f64,
 }
 
 fn header(text: &str) -> anyhow::Result<(HeaderName, HeaderValue)> {
@@ -43,7 +46,11 @@ impl Get {
             ensure!(answer.status().as_u16() < 400, "{}", answer.status());
             return Ok(());
         }
-        for _ in 0..self.count {
+        let pause = Duration::try_from_secs_f64(self.pause).context("--pause")?;
+        for number in 0..self.count {
+            if number > 0 {
+                tokio::time::sleep(pause).await;
+            }
             match self.once().await {
                 Ok(answer) => {
                     let body = String::from_utf8_lossy(answer.body()).replace('\n', " ");

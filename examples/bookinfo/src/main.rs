@@ -14,6 +14,7 @@ use bookinfo::{
     web::{self, App},
 };
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Bookinfo as small programs. The services read the environment variables of the original.
 #[derive(Parser)]
@@ -34,6 +35,8 @@ enum Command {
     Ratings(Listen),
     /// Fetch a URL, like curl.
     Get(Get),
+    /// Do nothing until told to end: a pod to call from.
+    Wait,
 }
 
 #[derive(clap::Args)]
@@ -62,12 +65,22 @@ async fn run() -> anyhow::Result<()> {
         Command::Reviews(at) => serve(&at, Reviews::from_env(&env)?).await,
         Command::Ratings(at) => serve(&at, Ratings::from_env(&env)).await,
         Command::Get(get) => get.run().await,
+        Command::Wait => wait().await,
     }
+}
+
+/// As the first process of a container it gets no signal that it does not ask for.
+async fn wait() -> anyhow::Result<()> {
+    let mut told = signal(SignalKind::terminate()).context("SIGTERM")?;
+    told.recv().await;
+    Ok(())
 }
 
 async fn serve(at: &Listen, app: impl App) -> anyhow::Result<()> {
     let listener = web::listen(at.port).with_context(|| format!("listen on port {}", at.port))?;
     println!("listening on [::]:{}", at.port);
-    web::serve(listener, Arc::new(app)).await;
-    Ok(())
+    tokio::select! {
+        () = web::serve(listener, Arc::new(app)) => Ok(()),
+        told = wait() => told,
+    }
 }
