@@ -14,6 +14,7 @@ pub mod feed;
 pub mod grpc;
 pub mod identity;
 pub mod listen;
+pub mod record;
 pub mod socket;
 pub mod task;
 pub mod telemetry;

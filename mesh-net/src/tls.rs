@@ -2,30 +2,32 @@
 //!
 //! Configurations are built once per certificate (`identity::WorkloadCertificate` owns them) and are cheap to clone.
 
-pub mod buffered;
+mod handshake;
+mod stream;
 pub mod verify;
 
 use std::{io, sync::Arc};
 
 use mesh_core::{flag::Flag, id::Identity};
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion, client::Resumption,
-    crypto::CryptoProvider, version::TLS13,
+    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    client::{Resumption, UnbufferedClientConnection},
+    crypto::CryptoProvider,
+    server::UnbufferedServerConnection,
+    version::TLS13,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-pub use self::buffered::Buffered;
-use self::verify::{PeerRefused, VerifyClient, VerifyServer};
+pub use self::stream::TlsStream;
+use self::{
+    handshake::Handshaking,
+    verify::{PeerRefused, VerifyClient, VerifyServer},
+};
+use crate::record;
 
 const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
 const ALPN: &[u8] = b"h2";
-/// Plaintext that rustls takes per write: one TCP send carries several records.
-const SEND_BUFFER_BYTES: usize = 256 << 10;
-
-/// A TLS stream of either role over `T`.
-pub type TlsStream<T> = tokio_rustls::TlsStream<Buffered<T>>;
 
 /// Why a TLS handshake or a configuration failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -57,14 +59,11 @@ impl TlsError {
         }
     }
 
-    /// Sorts what a handshake returned.
-    fn of_handshake(error: io::Error) -> Self {
-        let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
-            return Self::Io(Arc::new(error));
-        };
-        match PeerRefused::of(tls) {
+    /// Sorts what rustls returned.
+    fn of_rustls(error: rustls::Error) -> Self {
+        match PeerRefused::of(&error) {
             Some(refused) => Self::Peer(refused.clone()),
-            None => Self::Protocol(tls.clone()),
+            None => Self::Protocol(error),
         }
     }
 }
@@ -123,6 +122,7 @@ impl ServerTls {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.enable_secret_extraction = true;
         Ok(Self { config: Arc::new(config), identity: identity.clone() })
     }
 
@@ -139,15 +139,9 @@ impl ServerTls {
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        let acceptor = TlsAcceptor::from(self.config.clone());
-        let mut stream = acceptor.accept(Buffered::new(io)).await.map_err(TlsError::of_handshake)?;
-        stream.get_mut().1.set_buffer_limit(Some(SEND_BUFFER_BYTES));
-        let session = stream.get_ref().1;
-        let peer = proven(session.peer_certificates())?;
-        if session.alpn_protocol() != Some(ALPN) {
-            return Err(TlsError::Alpn);
-        }
-        Ok((stream.into(), peer))
+        let connection = UnbufferedServerConnection::new(self.config.clone()).map_err(TlsError::of_rustls)?;
+        establish(connection, io, |connection| (connection.peer_certificates(), connection.alpn_protocol()))
+            .await
     }
 }
 
@@ -180,6 +174,7 @@ impl ClientTls {
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
+        config.enable_secret_extraction = true;
         Ok(Self { base: Arc::new(config), roots })
     }
 
@@ -198,16 +193,34 @@ impl ClientTls {
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         // Never sent (no SNI) and never compared (identity is the URI); rustls wants some name.
         let name = ServerName::IpAddress(std::net::IpAddr::from([0, 0, 0, 0]).into());
-        let connector = TlsConnector::from(Arc::new(config));
-        let mut stream = connector.connect(name, Buffered::new(io)).await.map_err(TlsError::of_handshake)?;
-        stream.get_mut().1.set_buffer_limit(Some(SEND_BUFFER_BYTES));
-        let session = stream.get_ref().1;
-        let peer = proven(session.peer_certificates())?;
-        if session.alpn_protocol() != Some(ALPN) {
-            return Err(TlsError::Alpn);
-        }
-        Ok((stream.into(), peer))
+        let connection =
+            UnbufferedClientConnection::new(Arc::new(config), name).map_err(TlsError::of_rustls)?;
+        establish(connection, io, |connection| (connection.peer_certificates(), connection.alpn_protocol()))
+            .await
     }
+}
+
+/// What rustls tells of the peer: its chain and the protocol that was agreed on.
+type Agreed<'c> = (Option<&'c [CertificateDer<'static>]>, Option<&'c [u8]>);
+
+async fn establish<C: Handshaking, T>(
+    mut connection: C,
+    mut io: T,
+    agreed: impl Fn(&C) -> Agreed<'_>,
+) -> Result<(TlsStream<T>, Identity), TlsError>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let incoming = handshake::run(&mut connection, &mut io).await?;
+    let (chain, alpn) = agreed(&connection);
+    let peer = proven(chain)?;
+    if alpn != Some(ALPN) {
+        return Err(TlsError::Alpn);
+    }
+    let (keys, secrets) = connection.finish().map_err(TlsError::of_rustls)?;
+    let (sealer, opener) = record::take_over(keys, secrets)
+        .map_err(|error| TlsError::Protocol(rustls::Error::General(error.to_string())))?;
+    Ok((TlsStream::new(io, sealer, opener, incoming), peer))
 }
 
 fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity, TlsError> {
@@ -216,5 +229,7 @@ fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity, TlsError> {
     verify::identity_of(leaf).map_err(|error| TlsError::Peer(PeerRefused::NoIdentity(error)))
 }
 
+#[cfg(test)]
+mod interop;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
 //! HBONE on the wire: byte streams between workloads, multiplexed over mutually authenticated connections.
 //!
 //! This is a narrow boundary on purpose: open a stream to an authority as an identity, accept streams with the peer's
-//! identity, both ends as byte streams with half-close. What is inside (today the `h2` crate on a rustls stream) does
+//! identity, both ends as byte streams with half-close. What is inside (today the `h2` crate on records of ours) does
 //! not show.
 
 mod dial;

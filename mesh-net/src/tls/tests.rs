@@ -1,6 +1,7 @@
 use mesh_core::id::Identity;
 use rcgen::{ExtendedKeyUsagePurpose, SanType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio_rustls::TlsConnector;
 
 use super::*;
 use crate::{
@@ -10,6 +11,10 @@ use crate::{
 
 fn id(sa: &str) -> Identity {
     Identity::new("cluster.local", "shop", sa)
+}
+
+fn io_failed(error: io::Error) -> TlsError {
+    TlsError::Io(Arc::new(error))
 }
 
 /// Both ends' results of one handshake.
@@ -24,13 +29,13 @@ async fn handshake(
         let (mut stream, peer) = client.client_tls().connect(a, expect).await?;
         // The server's verdict on our certificate comes with the first bytes that it sends.
         let mut byte = [0];
-        stream.read_exact(&mut byte).await.map_err(TlsError::of_handshake)?;
+        stream.read_exact(&mut byte).await.map_err(io_failed)?;
         Ok(peer)
     };
     let accept = async {
         let (mut stream, peer) = tls.accept(b).await?;
-        stream.write_all(b"!").await.map_err(TlsError::of_handshake)?;
-        stream.flush().await.map_err(TlsError::of_handshake)?;
+        stream.write_all(b"!").await.map_err(io_failed)?;
+        stream.flush().await.map_err(io_failed)?;
         Ok(peer)
     };
     tokio::join!(connect, accept)
