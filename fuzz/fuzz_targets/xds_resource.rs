@@ -5,7 +5,7 @@ use mesh_core::{
     model,
     proto::{
         self, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_MESH_OPTIONS, TYPE_WAYPOINT, discovery::Resource,
-        security, waypoint, workload,
+        node, security, waypoint, workload,
     },
     route,
     snapshot::Snapshot,
@@ -142,7 +142,7 @@ fn run(data: &[u8]) {
     let world = Snapshot::default().with([change.clone(), change]);
     let gone = mesh_core::delta::removed(type_url, &name);
     let world = world.with(gone);
-    let left = world.workloads().count() + world.services().count() + world.policies().count();
+    let left = world.workloads().count() + world.services().count() + world.policies().count() + world.pods().count();
     assert_eq!(left, 0, "{name:?} of {type_url} stays: {:?}", world.services().next());
 }
 
@@ -159,6 +159,7 @@ fn again(type_url: &str, change: &Change) {
             let kind = workload::address::Type::Service(workload::Service::from(&**item));
             workload::Address { r#type: Some(kind) }.encode_to_vec()
         }
+        Change::LocalPod(pod) => node::LocalPod::from(&**pod).encode_to_vec(),
         _ => return,
     };
     assert_eq!(proto::decode(type_url, &bytes).as_ref(), Ok(change));

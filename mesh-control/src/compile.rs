@@ -12,7 +12,7 @@ use std::{
 
 use mesh_core::{
     id::{PolicyKey, ServiceKey, WorkloadKey},
-    model::{MeshOptions, OutboundMode, Policy, Service, WaypointConfig, Workload},
+    model::{LocalPod, MeshOptions, OutboundMode, Policy, Service, WaypointConfig, Workload},
 };
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
 mod binding;
 mod endpoints;
 mod index;
+mod local;
 mod policies;
 mod routes;
 
@@ -46,6 +47,8 @@ pub struct World {
     pub options: MeshOptions,
     /// Who runs where: what certificates may be asked for, and which proxies are expected.
     pub pods: BTreeMap<PodKey, PodFact>,
+    /// What each node's agent is told of its pods, by UID.
+    pub local: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<LocalPod>>>,
     /// Nodes that are listed.
     pub nodes: BTreeSet<Arc<str>>,
     /// Problems of objects by themselves and with each other.
@@ -113,6 +116,7 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
             },
         },
         pods: index.pods.iter().map(|(key, pod)| (key.clone(), index.fact(key, pod))).collect(),
+        local: local::pods(&index),
         nodes: index.nodes.keys().cloned().collect(),
         workloads,
         services,

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use aws_lc_rs::digest;
 use mesh_core::proto::{
-    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_MESH_OPTIONS, TYPE_WAYPOINT, TYPES, mesh, security, waypoint,
-    workload,
+    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_LOCAL_POD, TYPE_MESH_OPTIONS, TYPE_WAYPOINT, TYPES, mesh, node,
+    security, waypoint, workload,
 };
 use prost::Message;
 use serde::Serialize;
@@ -72,6 +72,10 @@ impl Published {
             let encode = || waypoint::WaypointConfig::from(&**item).encode_to_vec();
             put(TYPE_WAYPOINT, name.to_string(), version(&**item), &encode);
         }
+        for item in world.local.values().flat_map(BTreeMap::values) {
+            let encode = || node::LocalPod::from(&**item).encode_to_vec();
+            put(TYPE_LOCAL_POD, item.uid.to_string(), version(&**item), &encode);
+        }
         let options = || mesh::MeshOptions::from(&world.options).encode_to_vec();
         put(TYPE_MESH_OPTIONS, mesh::NAME.to_owned(), version(&world.options), &options);
         let revision = if sets == self.sets { self.revision } else { self.revision + 1 };
@@ -84,24 +88,27 @@ impl Published {
         self.sets.get(type_url).unwrap_or(&NONE)
     }
 
-    /// The resources of one type that a caller sees: everything, but L7 configuration only by its own waypoint.
+    /// The resources of one type that a caller sees: everything, but L7 configuration only by its own waypoint, and
+    /// what concerns the pods of a node only by the node's agent.
     pub fn visible<'a>(
         &'a self,
         caller: &Principal,
         type_url: &str,
     ) -> Box<dyn Iterator<Item = &'a Arc<Resource>> + Send + 'a> {
         let set = self.set(type_url);
-        if type_url != TYPE_WAYPOINT {
-            return Box::new(set.values());
-        }
-        let own = match caller {
-            Principal::Node(_) => None,
-            Principal::Pod { namespace, name } => {
-                let pod = self.world.pods.get(&(namespace.clone(), name.clone()));
-                pod.and_then(|pod| pod.waypoint.as_ref()).and_then(|gateway| set.get(gateway))
+        match (type_url, caller) {
+            (TYPE_LOCAL_POD, Principal::Node(node)) => {
+                let own = self.world.local.get(node).into_iter().flat_map(BTreeMap::keys);
+                Box::new(own.filter_map(|uid| set.get(uid)))
             }
-        };
-        Box::new(own.into_iter())
+            (TYPE_WAYPOINT, Principal::Pod { namespace, name }) => {
+                let pod = self.world.pods.get(&(namespace.clone(), name.clone()));
+                let own = pod.and_then(|pod| pod.waypoint.as_ref()).and_then(|gateway| set.get(gateway));
+                Box::new(own.into_iter())
+            }
+            (TYPE_LOCAL_POD | TYPE_WAYPOINT, _) => Box::new(std::iter::empty()),
+            _ => Box::new(set.values()),
+        }
     }
 
     /// The known type of that name; static, so that it can be kept.

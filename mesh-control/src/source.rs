@@ -204,7 +204,7 @@ impl Object {
 
     /// Seconds since the epoch at which the object was created; objects without one are the youngest.
     pub fn created(&self) -> i64 {
-        self.meta.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.timestamp())
+        self.meta.creation_timestamp.as_ref().map_or(i64::MAX, |time| time.0.as_second())
     }
 
     /// `metadata.generation`; zero where the source has none.

@@ -5,8 +5,10 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use crate::source::{Object, ObjectKey, Origin, Problem, Severity, Value};
 
+pub mod enrolment;
 pub mod gateway;
 pub mod policy;
+pub mod probe;
 pub mod route;
 pub mod service;
 pub mod workload;
@@ -24,6 +26,8 @@ pub struct Mesh {
     pub trust_domain: Arc<str>,
     /// Namespace whose policies hold for the whole mesh.
     pub root_namespace: Arc<str>,
+    /// Namespace of the mesh's own pods; empty where it is not installed in one.
+    pub install_namespace: Arc<str>,
     /// Name of the cluster, first part of every workload's key.
     pub cluster: Arc<str>,
     /// Suffix of service host names.
@@ -35,6 +39,7 @@ impl Default for Mesh {
         Self {
             trust_domain: "cluster.local".into(),
             root_namespace: "undermesh-system".into(),
+            install_namespace: "undermesh-system".into(),
             cluster: "Kubernetes".into(),
             service_domain: "svc.cluster.local".into(),
         }

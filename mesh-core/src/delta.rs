@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     id::{PolicyKey, ServiceKey, WorkloadKey},
-    model::{MeshOptions, Policy, Service, WaypointConfig, Workload},
+    model::{LocalPod, MeshOptions, Policy, Service, WaypointConfig, Workload},
     proto::{self, Malformed},
 };
 
@@ -21,6 +21,8 @@ pub enum Change {
     Waypoint(Arc<WaypointConfig>),
     /// The options of the mesh are now so.
     Options(MeshOptions),
+    /// A pod of this agent's node is now so.
+    LocalPod(Arc<LocalPod>),
     /// A policy arrived that cannot be understood: whoever needs it is denied until a good one comes.
     InvalidPolicy(PolicyKey),
     /// A resource is gone.
@@ -48,7 +50,7 @@ impl Change {
         match self {
             Self::Service(_) => ServiceKey::parse(name).is_some(),
             Self::Policy(_) | Self::InvalidPolicy(_) | Self::Waypoint(_) => PolicyKey::parse(name).is_some(),
-            Self::Workload(_) | Self::Options(_) | Self::Removed { .. } => true,
+            Self::Workload(_) | Self::Options(_) | Self::LocalPod(_) | Self::Removed { .. } => true,
         }
     }
 
@@ -61,6 +63,7 @@ impl Change {
             Self::InvalidPolicy(key) => (proto::TYPE_AUTHORIZATION, key.to_string()),
             Self::Waypoint(config) => (proto::TYPE_WAYPOINT, format!("{}/{}", config.namespace, config.name)),
             Self::Options(_) => (proto::TYPE_MESH_OPTIONS, proto::mesh::NAME.to_owned()),
+            Self::LocalPod(pod) => (proto::TYPE_LOCAL_POD, pod.uid.to_string()),
             Self::Removed { type_url, name } => (type_url, name.to_string()),
         }
     }

@@ -7,6 +7,7 @@
 pub mod ca;
 pub mod discovery;
 pub mod mesh;
+pub mod node;
 pub mod security;
 pub mod waypoint;
 pub mod workload;
@@ -26,9 +27,13 @@ pub const TYPE_WAYPOINT: &str = "type.googleapis.com/undermesh.waypoint.v1.Waypo
 /// Options of the whole mesh; ours.
 pub const TYPE_MESH_OPTIONS: &str = "type.googleapis.com/undermesh.mesh.v1.MeshOptions";
 
+/// Pods of the subscribing agent's node; ours.
+pub const TYPE_LOCAL_POD: &str = "type.googleapis.com/undermesh.node.v1.LocalPod";
+
 /// Every type that a proxy may subscribe to, in the order in which they are sent: policies come before the workloads
-/// that name them.
-pub const TYPES: [&str; 4] = [TYPE_MESH_OPTIONS, TYPE_AUTHORIZATION, TYPE_ADDRESS, TYPE_WAYPOINT];
+/// that name them, and what a pod's neighbours are before the pod.
+pub const TYPES: [&str; 5] =
+    [TYPE_MESH_OPTIONS, TYPE_AUTHORIZATION, TYPE_ADDRESS, TYPE_WAYPOINT, TYPE_LOCAL_POD];
 
 /// Why a resource was rejected: the field and the reason.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +77,10 @@ pub fn decode(type_url: &str, bytes: &[u8]) -> Result<Change, Malformed> {
         TYPE_MESH_OPTIONS => {
             let options: MeshOptions = mesh::MeshOptions::decode(bytes).map_err(undecodable)?.try_into()?;
             Ok(Change::Options(options))
+        }
+        TYPE_LOCAL_POD => {
+            let pod = node::LocalPod::decode(bytes).map_err(undecodable)?.try_into()?;
+            Ok(Change::LocalPod(std::sync::Arc::new(pod)))
         }
         other => Err(Malformed::new("type_url", format!("unknown type {other:?}"))),
     }

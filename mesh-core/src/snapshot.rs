@@ -10,8 +10,8 @@ use crate::{
     delta::{AddressName, Change},
     id::{PolicyKey, ServiceKey, WorkloadKey},
     model::{
-        MeshOptions, NetworkMode, Policy, Scope, Service, TunnelProtocol, Visibility, WaypointConfig,
-        WaypointRef, Workload,
+        LocalPod, MeshOptions, NetworkMode, Policy, Scope, Service, TunnelProtocol, Visibility,
+        WaypointConfig, WaypointRef, Workload,
     },
     proto,
 };
@@ -42,6 +42,8 @@ pub struct Snapshot {
     unnamed: Arc<[PolicyKey]>,
     waypoints: HashTrieMapSync<PolicyKey, Arc<WaypointConfig>>,
     options: MeshOptions,
+    /// Pods of this agent's node, by UID.
+    pods: HashTrieMapSync<Arc<str>, Arc<LocalPod>>,
 }
 
 /// The policies that apply to one workload.
@@ -86,6 +88,7 @@ impl Snapshot {
                 self.waypoints.insert_mut(PolicyKey::new(&config.namespace, &config.name), config);
             }
             Change::Options(options) => self.options = options,
+            Change::LocalPod(pod) => self.pods.insert_mut(pod.uid.clone(), pod),
             Change::Removed { type_url, name } => self.remove(type_url, &name),
         }
     }
@@ -114,6 +117,7 @@ impl Snapshot {
                 }
             }
             proto::TYPE_MESH_OPTIONS => self.options = MeshOptions::default(),
+            proto::TYPE_LOCAL_POD => drop(self.pods.remove_mut(name)),
             _ => {}
         }
     }
@@ -283,6 +287,16 @@ impl Snapshot {
     /// What waypoints serve; a waypoint sees its own only.
     pub fn waypoints(&self) -> impl Iterator<Item = &Arc<WaypointConfig>> {
         self.waypoints.values()
+    }
+
+    /// The pod of this UID, if it is of this agent's node.
+    pub fn pod(&self, uid: &str) -> Option<&Arc<LocalPod>> {
+        self.pods.get(uid)
+    }
+
+    /// The pods of this agent's node that have not ended; none for any other proxy.
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<LocalPod>> {
+        self.pods.values()
     }
 
     /// Options of the mesh.

@@ -7,6 +7,7 @@ use mesh_core::id::{ServiceKey, WorkloadKey};
 use super::{Fragments, PodFact, PodKey};
 use crate::translate::{
     Fragment, Labels, Mesh, OptionFacts, Translated,
+    enrolment::{NotEnrolled, Place, enrolment},
     gateway::{GrantFacts, WaypointFacts},
     policy::{AuthorizationFacts, PeerAuthenticationFacts},
     route::RouteFacts,
@@ -158,7 +159,18 @@ impl<'a> Index<'a> {
 
     /// Whether the pod speaks HBONE: enrolled, or terminating tunnels itself.
     pub fn meshed(&self, namespace: &Arc<str>, pod: &PodFacts) -> bool {
-        self.native(namespace, pod) || pod.enrolled(self.namespace(namespace))
+        self.native(namespace, pod) || self.enrolment(namespace, pod).is_ok()
+    }
+
+    /// Whether the pod is to be enrolled, and why not.
+    pub fn enrolment(&self, namespace: &Arc<str>, pod: &PodFacts) -> Result<(), NotEnrolled> {
+        let place = Place {
+            namespace,
+            labels: self.namespace(namespace),
+            install_namespace: &self.mesh.install_namespace,
+            native: self.native(namespace, pod),
+        };
+        enrolment(pod, &place)
     }
 
     /// Whether the pod terminates tunnels itself.

@@ -123,7 +123,7 @@ fn waypoint_policy(
     for service in targets.iter().flat_map(|target| targeted(index, bound, entry, target)) {
         let mut denied = !endpoints.has_others(&index.service_key(&service.0, &service.1));
         for (pod, map) in endpoints.by_service.get(&service).into_iter().flatten() {
-            denied &= index.pods.get(pod).is_some_and(|own| own.facts.enrolled(index.namespace(&pod.0)));
+            denied &= index.pods.get(pod).is_some_and(|own| index.enrolment(&pod.0, own.facts).is_ok());
             ports.extend(map.values().copied());
             pods.insert(pod.clone());
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use mesh_core::model::{Action, Scope, TunnelProtocol, WaypointRef};
+use mesh_core::model::{Action, Enrolment, Scope, TunnelProtocol, WaypointRef};
 
 use super::*;
 use crate::{
@@ -526,4 +526,52 @@ fn host_network_pods_and_the_unlabelled_are_plain() {
     assert_eq!(pod(&world, "bank/plain").tunnel, TunnelProtocol::None);
     assert!(!world.workloads.contains_key(&WorkloadKey("Kubernetes//Pod/shop/ended".into())));
     assert!(world.pods[&("shop".into(), "ended".into())].finished);
+}
+
+#[test]
+fn a_node_is_told_of_every_pod_of_it_that_has_not_ended() {
+    let pod = |name: &str, meta: &str, spec: &str, status: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, {meta}}}\nspec: {{containers: [], {spec}}}\nstatus: {{{status}}}\n"
+        )
+    };
+    let yaml = [
+        pod("new", "uid: u1", "nodeName: n1, serviceAccountName: cart", "phase: Pending"),
+        pod("host", "uid: u2", "nodeName: n1, hostNetwork: true", "podIP: 10.9.9.9"),
+        pod(
+            "leaving",
+            "uid: u3, deletionTimestamp: '2026-01-01T00:00:00Z'",
+            "nodeName: n2",
+            "podIP: 10.0.1.3",
+        ),
+        pod("ended", "uid: u4", "nodeName: n1", "phase: Succeeded"),
+        pod("unbound", "uid: u5", "", ""),
+        pod("gw-1", "uid: u6, labels: {gateway.networking.k8s.io/gateway-name: gw}", "nodeName: n1", ""),
+        pod("twice", "uid: u6", "nodeName: n2", ""),
+    ];
+    let world = world(&format!("{BASE}{}", yaml.concat()));
+    let told: Vec<String> = world
+        .local
+        .iter()
+        .flat_map(|(node, pods)| {
+            pods.values().map(move |pod| {
+                let why = match &pod.enrolment {
+                    Enrolment::Wanted => "wanted",
+                    Enrolment::Not { reason, .. } => reason,
+                };
+                let (ips, leaving) = (pod.ips.len(), if pod.terminating { ", leaving" } else { "" });
+                format!(
+                    "{node} {} {}/{}: {why}, {ips} addresses{leaving}",
+                    pod.uid, pod.name, pod.service_account
+                )
+            })
+        })
+        .collect();
+    let expected = [
+        "n1 u1 new/cart: wanted, 0 addresses",
+        "n1 u2 host/default: HostNetwork, 0 addresses",
+        "n1 u6 gw-1/default: Waypoint, 0 addresses",
+        "n2 u3 leaving/default: wanted, 1 addresses, leaving",
+    ];
+    assert_eq!(told, expected);
 }

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use mesh_core::proto::{
-    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_MESH_OPTIONS, TYPE_WAYPOINT,
+    TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_WAYPOINT, TYPES,
     discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource},
 };
 use tokio::{
@@ -35,9 +35,6 @@ const POLICIES_FIRST: Duration = Duration::from_millis(200);
 const MAX_CLAIMED: usize = 500_000;
 /// Longest reason of a NACK that is kept, bytes.
 const MAX_REASON_BYTES: usize = 4096;
-/// Order in which changes are sent: policies come before the workloads that name them, and go after them.
-const ORDER: [&str; 4] = [TYPE_MESH_OPTIONS, TYPE_AUTHORIZATION, TYPE_ADDRESS, TYPE_WAYPOINT];
-
 type Answer = Result<DeltaDiscoveryResponse, Status>;
 
 /// Starts the task of one stream.
@@ -199,7 +196,7 @@ impl Stream {
     async fn push(&mut self) -> Result<Arc<Published>, Status> {
         let published = self.published.borrow_and_update().clone();
         // Additions in order; policies that are gone leave only after the workloads that named them.
-        for type_url in ORDER {
+        for type_url in TYPES {
             let removals = type_url != TYPE_AUTHORIZATION;
             self.push_type(&published, type_url, removals).await?;
         }

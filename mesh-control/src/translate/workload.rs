@@ -1,11 +1,15 @@
 //! Namespaces, Nodes and Pods.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use mesh_core::model::workload::Locality;
 
-use super::{Labels, Report};
+use super::{Labels, Report, probe};
 use crate::source::Object;
 
 /// Label that enrols, on pods and namespaces.
@@ -52,6 +56,8 @@ pub struct PodFacts {
     pub sidecar: bool,
     /// Container ports by name, TCP only.
     pub ports: BTreeMap<Arc<str>, u16>,
+    /// Ports that the kubelet calls.
+    pub probe_ports: BTreeSet<u16>,
     /// Name of the controller.
     pub workload_name: Arc<str>,
 }
@@ -96,6 +102,7 @@ pub fn pod(object: &Object, pod: &Pod, report: &mut Report<'_>) -> PodFacts {
         host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
         sidecar: object.annotation("sidecar.istio.io/status").is_some(),
         ports: spec.map(container_ports).unwrap_or_default(),
+        probe_ports: spec.map(probe::ports).unwrap_or_default(),
         workload_name: workload_name(object),
     }
 }
@@ -156,14 +163,6 @@ impl PodFacts {
     /// Whether it has ended or never had a place in the mesh.
     pub fn alive(&self) -> bool {
         !self.finished && !self.addresses.is_empty()
-    }
-
-    /// Whether the pod is to be enrolled: its own label, or its namespace's unless it opts out (`config-istio.md` 13).
-    pub fn enrolled(&self, namespace: &Labels) -> bool {
-        let own = self.label(DATAPLANE_MODE);
-        let inherited = namespace.get(DATAPLANE_MODE).map(String::as_str);
-        let wanted = own == Some("ambient") || (inherited == Some("ambient") && own != Some("none"));
-        wanted && !self.host_network && !self.sidecar
     }
 
     /// Whether it speaks HBONE by itself.
@@ -229,22 +228,6 @@ mod tests {
             assert_eq!((got.ready, got.alive()), (ready, alive), "{status}");
         }
         assert!(pod_of("deletionTimestamp: '2026-01-01T00:00:00Z'", "{containers: []}", "{}").deleting);
-    }
-
-    #[test]
-    fn enrolment_follows_pod_then_namespace() {
-        for (namespace, meta, spec, enrolled) in [
-            ("ambient", "", "", true),
-            ("ambient", "labels: {istio.io/dataplane-mode: none}", "", false),
-            ("none", "labels: {istio.io/dataplane-mode: ambient}", "", true),
-            ("none", "", "", false),
-            ("ambient", "", "hostNetwork: true", false),
-            ("ambient", "annotations: {sidecar.istio.io/status: x}", "", false),
-        ] {
-            let namespace = Labels::from([(DATAPLANE_MODE.to_owned(), namespace.to_owned())]);
-            let got = pod_of(meta, &format!("{{containers: [], {spec}}}"), "{}");
-            assert_eq!(got.enrolled(&namespace), enrolled, "{meta} {spec}");
-        }
     }
 
     #[test]
