@@ -14,7 +14,10 @@ use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_core::limits::{CONNECT, HOLD};
 use serde::Serialize;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{UnixListener, UnixStream},
+};
 
 use crate::{
     BoxFuture,
@@ -23,10 +26,15 @@ use crate::{
     task::TaskGroup,
 };
 
+pub mod public;
+
 pub use http::Method;
+pub use public::{Public, bind_tcp, serve_tcp};
 
 /// Largest body that is accepted or returned by [`call`], bytes.
 const BODY_BYTES: usize = 64 << 20;
+/// How long [`ask`] waits.
+const ASK: Duration = Duration::from_secs(30);
 /// Largest body of a request, bytes.
 const REQUEST_BYTES: usize = 1 << 20;
 
@@ -179,7 +187,10 @@ fn own_uid() -> Option<u32> {
     std::fs::metadata("/proc/self").ok().map(|meta| meta.uid())
 }
 
-async fn connection(stream: UnixStream, handler: Arc<dyn Handler>) {
+async fn connection<S>(stream: S, handler: Arc<dyn Handler>)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let handler = handler.clone();
         async move { Ok::<_, std::convert::Infallible>(answer(request, &*handler).await) }
@@ -233,6 +244,18 @@ pub async fn call(
     tokio::time::timeout(deadline, exchange(path, method, uri, body)).await.unwrap_or_else(|_| {
         Err(AdminError::Answer { path: path.to_owned(), reason: format!("no answer within {deadline:?}") })
     })
+}
+
+/// For `ask PATH` of our programs: prints what the own endpoint answers to a GET; false when that is an error.
+///
+/// # Errors
+/// Nobody listens, or the answer is broken or late.
+pub async fn ask(socket: &Path, path: &str) -> Result<bool, AdminError> {
+    use std::io::Write as _;
+    let (status, body) = call(socket, Method::GET, path, Bytes::new(), ASK).await?;
+    let written = std::io::stdout().write_all(&body);
+    written.map_err(|source| AdminError::Io { path: socket.to_owned(), doing: "cannot print", source })?;
+    Ok((200..300).contains(&status))
 }
 
 async fn exchange(path: &Path, method: Method, uri: &str, body: Bytes) -> Result<(u16, Bytes), AdminError> {

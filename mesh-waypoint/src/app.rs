@@ -9,7 +9,7 @@ use mesh_core::{
 };
 use mesh_net::{
     BoxFuture,
-    admin::{self, AdminError},
+    admin::{self, AdminError, Public},
     clock::{Chance, Clock},
     drain::{self, Drain},
     feed::{self, Apply, Feed, FeedConfig, FeedHandle},
@@ -191,7 +191,13 @@ fn start(settings: &Settings, log: LogControl) -> Result<Running, StartError> {
         drain: drain.clone(),
         log,
     };
-    background.spawn(admin::serve(socket, draining.clone(), background.clone(), Arc::new(inside)));
+    let inside: Arc<dyn admin::Handler> = Arc::new(inside);
+    for (at, what) in [(settings.ready_listen, Public::Ready), (settings.metrics_listen, Public::Metrics)] {
+        let Some(at) = at else { continue };
+        let (listener, handler) = (admin::bind_tcp(at)?, inside.clone());
+        background.spawn(admin::serve_tcp(listener, what, draining.clone(), background.clone(), handler));
+    }
+    background.spawn(admin::serve(socket, draining.clone(), background.clone(), inside));
 
     // Who comes in.
     let tunnels = Tunnels {

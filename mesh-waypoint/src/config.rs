@@ -6,6 +6,20 @@ use clap::Parser;
 use mesh_core::id::Identity;
 use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
 
+/// Where the admin endpoint is unless said otherwise.
+const DEFAULT_SOCKET: &str = "/run/undermesh/admin.sock";
+
+/// `mesh-waypoint ask PATH`: what the running waypoint's admin endpoint answers.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "mesh-waypoint ask", about)]
+pub struct Ask {
+    /// Path, for example `/config_dump`.
+    pub path: String,
+    /// Unix socket of the admin endpoint.
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = DEFAULT_SOCKET)]
+    pub admin_socket: PathBuf,
+}
+
 /// The L7 proxy of one Gateway object: HBONE in, HTTP routed, HBONE out.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "mesh-waypoint", version, about)]
@@ -44,11 +58,17 @@ pub struct Settings {
     #[arg(long, env = "UNDERMESH_CREDENTIAL")]
     pub credential: PathBuf,
     /// Unix socket of the admin endpoint.
-    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET")]
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = DEFAULT_SOCKET)]
     pub admin_socket: PathBuf,
     /// Where HBONE is served.
     #[arg(long, env = "UNDERMESH_LISTEN", default_value = "[::]:15008")]
     pub listen: SocketAddr,
+    /// TCP port of readiness, for the kubelet; none when it is not given.
+    #[arg(long, env = "UNDERMESH_READY_LISTEN")]
+    pub ready_listen: Option<SocketAddr>,
+    /// TCP port of metrics, for Prometheus; none when it is not given.
+    #[arg(long, env = "UNDERMESH_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
     /// What is logged: `info`, or per target such as `info,access=off`.
     #[arg(long, env = "UNDERMESH_LOG", default_value = "info")]
     pub log: String,
