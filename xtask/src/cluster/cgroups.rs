@@ -67,9 +67,6 @@ pub fn make(hierarchies: &[PathBuf], group: &Path) -> anyhow::Result<()> {
 }
 
 /// Hands every controller down from `group` to its children, in v2.
-///
-/// # Errors
-/// When the group cannot be read.
 pub fn delegate(hierarchies: &[PathBuf], group: &Path) {
     for hierarchy in hierarchies {
         let mut folder = hierarchy.clone();
@@ -133,6 +130,13 @@ pub fn remove(hierarchies: &[PathBuf], group: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes `group` where nothing is in it.
+pub fn remove_empty(hierarchies: &[PathBuf], group: &Path) {
+    for hierarchy in hierarchies {
+        let _ = fs::remove_dir(hierarchy.join(group));
+    }
 }
 
 fn remove_tree(folder: &Path) -> std::io::Result<()> {

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs::{self, File, OpenOptions},
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::{
@@ -26,7 +27,7 @@ use nix::{
         signal::{Signal, kill},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{Pid, sethostname, setsid},
+    unistd::{Pid, UnlinkatFlags, sethostname, setsid, unlinkat},
 };
 
 use super::{
@@ -39,7 +40,7 @@ const TICK: u16 = 100;
 /// A program that ends by itself is started again after this time.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
 /// A program that was told to end and does not is killed after this time.
-const STOP_DEADLINE: Duration = Duration::from_secs(20);
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// A client says what it wants at once.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 /// One request, bytes.
@@ -62,17 +63,50 @@ pub fn run(spec: &Path) -> anyhow::Result<()> {
         .context("lock the cluster's index file")?;
     let listener =
         UnixListener::bind(&spec.socket).with_context(|| format!("listen at {}", spec.socket.display()))?;
-    let mut machine = Machine::new(&spec)?;
-    sethostname(&spec.name).context("name the machine")?;
-    rootfs::enter(&spec)?;
-    for (name, value) in &spec.sysctls {
-        fs::write(Path::new("/proc/sys").join(name), value).with_context(|| format!("set {name}"))?;
+    let traces = Traces::of(&spec)?;
+    let mut machine = Machine::new(&spec, traces)?;
+    if let Err(error) = settle(&spec) {
+        machine.give_up();
+        return Err(error);
     }
-    println!("{READY}");
+    // Who started this may be gone already; that shows at its lifeline.
+    let _ = writeln!(std::io::stdout(), "{READY}");
     machine.serve(&listener)
 }
 
+/// Name, root and kernel parameters.
+fn settle(spec: &MachineSpec) -> anyhow::Result<()> {
+    sethostname(&spec.name).context("name the machine")?;
+    rootfs::enter(spec)?;
+    for (name, value) in &spec.sysctls {
+        fs::write(Path::new("/proc/sys").join(name), value).with_context(|| format!("set {name}"))?;
+    }
+    Ok(())
+}
+
+/// Files of this cluster outside its folder, reachable after the root has changed.
+struct Traces {
+    folder: File,
+    names: Vec<OsString>,
+}
+
+impl Traces {
+    fn of(spec: &MachineSpec) -> anyhow::Result<Self> {
+        let folder = spec.socket.parent().context("the control socket has no folder")?;
+        let names = [&spec.socket, &spec.index_file].into_iter().filter_map(|path| path.file_name());
+        Ok(Self { names: names.map(OsString::from).collect(), folder: File::open(folder)? })
+    }
+
+    fn remove(&self) {
+        for name in &self.names {
+            // Another machine of the cluster may have been faster.
+            let _ = unlinkat(&self.folder, name.as_os_str(), UnlinkatFlags::NoRemoveDir);
+        }
+    }
+}
+
 struct Machine {
+    traces: Traces,
     hierarchies: Vec<PathBuf>,
     cgroup: PathBuf,
     programs: BTreeMap<String, Program>,
@@ -87,10 +121,14 @@ struct Program {
 }
 
 impl Machine {
-    fn new(spec: &MachineSpec) -> anyhow::Result<Self> {
-        let hierarchies = cgroups::hierarchies()?;
-        let machine =
-            Self { hierarchies, cgroup: spec.cgroup.clone(), programs: BTreeMap::new(), adopted: false };
+    fn new(spec: &MachineSpec, traces: Traces) -> anyhow::Result<Self> {
+        let machine = Self {
+            traces,
+            hierarchies: cgroups::hierarchies()?,
+            cgroup: spec.cgroup.clone(),
+            programs: BTreeMap::new(),
+            adopted: false,
+        };
         cgroups::make(&machine.hierarchies, &machine.group("init"))?;
         machine.enter("init")?;
         // Only a group without processes may hand controllers down.
@@ -245,13 +283,19 @@ impl Machine {
         }
     }
 
-    /// Ends every process and takes the cgroups away; mounts and links go with the namespaces.
+    /// Ends every process and takes cgroups and files away; mounts and links go with the namespaces. The folder stays,
+    /// with the logs, until the next up or down.
     fn give_up(&mut self) {
         let end = Instant::now() + STOP_DEADLINE;
         let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
         while waitpid(None, None).is_ok() && Instant::now() < end {}
         let _ = cgroups::enter(&self.hierarchies, Path::new(""));
         let _ = cgroups::remove(&self.hierarchies, &self.cgroup);
+        if let Some(whole) = self.cgroup.parent() {
+            // The last machine of the cluster succeeds.
+            cgroups::remove_empty(&self.hierarchies, whole);
+        }
+        self.traces.remove();
     }
 }
 
