@@ -49,7 +49,9 @@ fn parse(version: &str) -> Option<(u32, u32, u32)> {
 
 /// Debian's Go is too old to switch toolchains, but it can download one as what it is: a module.
 fn fetch() -> anyhow::Result<PathBuf> {
-    setup::go_bootstrap().context("a Go to fetch a newer one with")?;
+    if shell::on_path("go").is_none() {
+        setup::go_bootstrap().context("a Go to fetch a newer one with")?;
+    }
     let Some(bootstrap) = shell::on_path("go") else {
         bail!("there is no Go {}.{}.{} or newer: install one", MINIMUM.0, MINIMUM.1, MINIMUM.2);
     };
