@@ -77,6 +77,9 @@ flags! {
     UnsupportedSocket "UNSUPPORTED_SOCKET" "DENY" Peer "The socket's protocol or address cannot be captured.";
     PodReleased "POD_RELEASED" "-" Mesh "The pod was released from the mesh.";
     Drain "DRAIN" "-" Mesh "The agent is shutting down.";
+    AgentUnavailable "AGENT_UNAVAILABLE" "-" Mesh "A pod was not started because the agent of its node does not answer.";
+    PodUnknown "POD_UNKNOWN" "-" Mesh "A pod was not started because the control plane has not told its node's agent of it.";
+    NetnsUnknown "NETNS_UNKNOWN" "-" Mesh "The network namespace or the address of a pod cannot be found, so it cannot be captured.";
     Aborted "ABORTED" "-" Mesh "The connection's task ended without a result.";
     Internal "INTERNAL" "CONNECT" Mesh "A fault inside the mesh.";
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use mesh_core::{
-    delta::Change,
+    delta::{Change, Rejected},
     limits::{FEED_BACKOFF, FEED_MESSAGE_BYTES, HOLD},
     proto::discovery::{
         DELTA_PATH, DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status as RpcStatus,
@@ -78,7 +78,21 @@ pub trait Apply: Send + Sync + 'static {
     /// The server answered for this type; comes before the [`apply`](Self::apply) of what it said, for those who must
     /// not act on half a world.
     fn answered(&self, _type_url: &'static str) {}
+
+    /// After `world` was put in force: those of the changed resources that are not, each with the reason; they are
+    /// refused, the others acknowledged. Returns when that is certain, within a bound of its own.
+    fn not_in_force<'a>(
+        &'a self,
+        _world: Arc<Snapshot>,
+        _type_url: &'static str,
+        _changes: &'a [Change],
+    ) -> BoxFuture<'a, Vec<Rejected>> {
+        Box::pin(async { Vec::new() })
+    }
 }
+
+/// A resource that is asked for once more: its type and name.
+pub type Again = (&'static str, Arc<str>);
 
 /// For those who only read the snapshot.
 #[derive(Clone, Copy, Debug, Default)]
@@ -144,6 +158,8 @@ pub struct Feed {
     versions: HashMap<&'static str, HashMap<String, String>>,
     /// Changes of worlds that could not be put in force.
     unapplied: Vec<Change>,
+    /// Resources that were refused and are in force after all: sent again, they are acknowledged.
+    again: Option<mpsc::Receiver<Again>>,
 }
 
 /// How a stream ended.
@@ -157,6 +173,7 @@ enum StreamEnd {
 enum Event {
     Drain,
     Response(Result<Option<DeltaDiscoveryResponse>, Status>),
+    Again(Again),
 }
 
 impl Feed {
@@ -185,8 +202,16 @@ impl Feed {
             status,
             versions: HashMap::new(),
             unapplied: Vec::new(),
+            again: None,
         };
         Ok((feed, FeedHandle { world: world_rx, status: status_rx }))
+    }
+
+    /// Asks once more for the resources that come through here.
+    #[must_use]
+    pub fn asking_again(mut self, again: mpsc::Receiver<Again>) -> Self {
+        self.again = Some(again);
+        self
     }
 
     /// Runs until the drain is forced: what drains still wants to know of policy changes.
@@ -244,15 +269,20 @@ impl Feed {
             let event = tokio::select! {
                 () = draining.forced() => Event::Drain,
                 got = responses.message() => Event::Response(got),
+                again = next(&mut self.again) => Event::Again(again),
             };
-            let response = match event {
+            let request = match event {
                 Event::Drain => return StreamEnd::Drain,
-                Event::Response(Ok(Some(response))) => response,
+                Event::Response(Ok(Some(response))) => self.response(response).await,
                 Event::Response(Ok(None)) => return StreamEnd::Closed,
                 Event::Response(Err(status)) => return StreamEnd::Failed(status),
+                Event::Again((type_url, name)) => DeltaDiscoveryRequest {
+                    type_url: type_url.to_owned(),
+                    resource_names_subscribe: vec![name.to_string()],
+                    ..DeltaDiscoveryRequest::default()
+                },
             };
-            let answer = self.response(response).await;
-            if !matches!(tokio::time::timeout(HOLD, requests.send(answer)).await, Ok(Ok(()))) {
+            if !matches!(tokio::time::timeout(HOLD, requests.send(request)).await, Ok(Ok(()))) {
                 return StreamEnd::Failed(Status::unavailable("the server does not take answers"));
             }
         }
@@ -292,13 +322,20 @@ impl Feed {
         let Some(type_url) = self.types.iter().copied().find(|known| *known == response.type_url) else {
             return answer;
         };
-        let batch = Batch::prepare(type_url, &response);
+        let mut batch = Batch::prepare(type_url, &response);
         let next = Arc::new(self.world.borrow().with(batch.changes.iter().cloned()));
         self.world.send_replace(next.clone());
         self.unapplied.extend(batch.changes.iter().cloned());
         self.apply.answered(type_url);
-        let applied = self.apply.apply(next, &self.unapplied).await;
+        let applied = self.apply.apply(next.clone(), &self.unapplied).await;
         batch.remember(self.versions.entry(type_url).or_default(), applied.is_ok());
+        if applied.is_ok() {
+            let refused = self.apply.not_in_force(next, type_url, &batch.changes).await;
+            let versions = self.versions.entry(type_url).or_default();
+            // Without a version it is sent again by the next stream, too.
+            versions.extend(refused.iter().map(|refused| (refused.name.clone(), String::new())));
+            batch.refuse(refused);
+        }
         let mut complaints: Vec<String> = batch.rejected.iter().map(ToString::to_string).collect();
         match applied {
             Ok(()) => self.unapplied.clear(),
@@ -333,6 +370,16 @@ impl Feed {
                 status.rejected.insert(rejected.name.clone(), rejected.reason.clone());
             }
         });
+    }
+}
+
+async fn next(again: &mut Option<mpsc::Receiver<Again>>) -> Again {
+    match again {
+        Some(receiver) => match receiver.recv().await {
+            Some(again) => again,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
     }
 }
 

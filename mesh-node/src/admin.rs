@@ -1,8 +1,8 @@
 //! What operators can ask of the agent.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use mesh_core::{id::Identity, snapshot::PolicyState};
+use mesh_core::{id::Identity, limits, snapshot::PolicyState};
 use mesh_net::{
     BoxFuture,
     admin::{AdminRequest, AdminResponse, Handler, Method},
@@ -13,10 +13,13 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Dismissal},
     kernel::ProbeReport,
-    pods::{Pod, record::Kept},
+    pods::{Pod, follow::Following, record::Kept},
 };
+
+/// Pods that leave are looked at this much longer than their connections may take.
+const RELEASE: Duration = Duration::from_secs(5);
 
 /// The admin endpoint.
 pub struct Admin {
@@ -26,6 +29,8 @@ pub struct Admin {
     pub probe: ProbeReport,
     /// How the control plane is heard.
     pub feed: watch::Receiver<FeedStatus>,
+    /// Enrolment by the feed, where that is how pods come.
+    pub following: Option<Following>,
     /// The log's level.
     pub log: LogControl,
     /// Starts the drain.
@@ -73,7 +78,7 @@ pub fn pods(agent: &Agent) -> Vec<ShownPod> {
     }
     for pod in &table.leaving {
         let why = format!("{} connections are left", pod.tasks.active());
-        shown.push(plain(&pod.kept, "leaving", Some(why)));
+        shown.push(plain(&pod.kept.load(), "leaving", Some(why)));
     }
     shown
 }
@@ -94,7 +99,7 @@ fn plain(kept: &Kept, state: &'static str, why: Option<String>) -> ShownPod {
 }
 
 fn served(agent: &Agent, pod: &Pod) -> ShownPod {
-    let mut shown = plain(&pod.kept, "serving", None);
+    let mut shown = plain(&pod.kept.load(), "serving", None);
     let Some(world) = agent.world.now() else {
         (shown.state, shown.why) = ("pending", Some("the control plane has not answered yet".to_owned()));
         return shown;
@@ -134,6 +139,7 @@ pub fn pending(agent: &Agent) -> Vec<String> {
     if agent.draining.is_started() {
         pending.push("draining".to_owned());
     }
+    pending.extend(agent.problems.all());
     for pod in pods(agent).into_iter().filter(|pod| !matches!(pod.state, "serving" | "leaving")) {
         let why = pod.why.unwrap_or_default();
         pending.push(format!("pod {}/{}: {}: {why}", pod.namespace, pod.name, pod.state));
@@ -149,6 +155,8 @@ impl Handler for Admin {
                 (&Method::GET, "/metrics" | "/stats/prometheus") => self.metrics(),
                 (&Method::GET, "/connections") => self.connections(),
                 (&Method::GET, "/pods") => AdminResponse::json(200, &pods(&self.agent)),
+                (&Method::GET, "/enrolment") => self.enrolment(),
+                (&Method::POST, "/release") => self.release().await,
                 (&Method::GET, "/config_dump") => self.config_dump(),
                 (&Method::GET, "/kernel") => self.kernel(),
                 (&Method::POST, "/drain") => {
@@ -163,6 +171,32 @@ impl Handler for Admin {
 }
 
 impl Admin {
+    fn enrolment(&self) -> AdminResponse {
+        match &self.following {
+            Some(following) => AdminResponse::json(200, &*following.shown()),
+            None => AdminResponse::text(404, "pods are enrolled by requests, not by the feed\n"),
+        }
+    }
+
+    /// Lets go of the node; answers when nothing is left, or the time is over that connections get to end.
+    async fn release(&self) -> AdminResponse {
+        let Some(following) = &self.following else {
+            return AdminResponse::text(404, "pods are enrolled by requests, not by the feed\n");
+        };
+        following.dismiss().await;
+        let mut dismissal = self.agent.dismissal.subscribe();
+        let mut table = self.agent.pods.clone();
+        let all = async {
+            // Neither sender goes before this handler.
+            let _ = dismissal.wait_for(|dismissal| *dismissal == Dismissal::Done).await;
+            let _ = table.wait_for(|table| table.serving.is_empty() && table.leaving.is_empty()).await;
+        };
+        match tokio::time::timeout(limits::DRAIN + RELEASE, all).await {
+            Ok(()) => AdminResponse::text(200, "released\n"),
+            Err(_) => AdminResponse::text(200, "released; what did not end in time is cut\n"),
+        }
+    }
+
     fn ready(&self) -> AdminResponse {
         let pending = pending(&self.agent);
         if pending.is_empty() {

@@ -1,13 +1,15 @@
 //! What every task of the agent sees, and bringing the kernel and live connections in line with the world.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use mesh_core::{id::Identity, snapshot::Snapshot};
 use mesh_net::{
     clock::Chance,
@@ -41,6 +43,12 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub struct Agent {
     /// Name of its node.
     pub node: Arc<str>,
+    /// The `proc` file system by which settings of pods are written.
+    pub proc: PathBuf,
+    /// What keeps it from being ready besides its pods.
+    pub problems: Problems,
+    /// Whether it is to let go of the node.
+    pub dismissal: watch::Sender<Dismissal>,
     /// Trust domain of pods that the control plane has not described yet.
     pub trust_domain: Arc<str>,
     /// The kernel's side.
@@ -73,6 +81,46 @@ pub struct Agent {
     pub wanted: Mutex<BTreeSet<Identity>>,
 }
 
+/// Whether the agent is to let go of the node, before the mesh is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dismissal {
+    /// No.
+    No,
+    /// It is: pods are released, none is enrolled, the CNI plugin is on its way out.
+    Asked,
+    /// The CNI plugin is gone.
+    Done,
+}
+
+/// What keeps the agent from being ready, by what it concerns.
+#[derive(Debug, Default)]
+pub struct Problems(Mutex<BTreeMap<&'static str, String>>);
+
+impl Problems {
+    /// Notes what is wrong with `concern`, or that nothing is; a change is logged.
+    pub fn set(&self, concern: &'static str, problem: Option<String>) {
+        let mut all = self.0.lock();
+        if all.get(concern) == problem.as_ref() {
+            return;
+        }
+        match problem {
+            Some(problem) => {
+                tracing::warn!(concern, problem, "not ready");
+                all.insert(concern, problem);
+            }
+            None => {
+                tracing::info!(concern, "ready");
+                all.remove(concern);
+            }
+        }
+    }
+
+    /// All of them, in words.
+    pub fn all(&self) -> Vec<String> {
+        self.0.lock().iter().map(|(concern, problem)| format!("{concern}: {problem}")).collect()
+    }
+}
+
 /// Where a connection is served: what its task sees.
 #[derive(Clone)]
 pub struct Site {
@@ -98,7 +146,7 @@ impl Agent {
         // Tunnels are tasks of the agent: those of the pod are counted to see when its connections have ended, and an
         // idle tunnel would never let that happen.
         let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
-        Pod { kept, netns, slot, owner, drain, draining, tasks, pool }
+        Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool }
     }
 
     /// Takes a socket out of capture; before it connects.
@@ -179,21 +227,22 @@ impl Agent {
         lower(world, &self.node, &local)
     }
 
+    /// What a pod proves: as the world describes it, or as it will.
+    pub fn identity(&self, world: Option<&Snapshot>, owner: &Owner) -> Identity {
+        match world.and_then(|world| owner.workload(world).ok()) {
+            Some(workload) => workload.identity(),
+            None => Identity {
+                trust_domain: self.trust_domain.clone(),
+                namespace: owner.namespace.clone(),
+                service_account: owner.service_account.clone(),
+            },
+        }
+    }
+
     /// Asks for the certificates of the pods that are served, and lets go of others.
     fn want(&self, wanted: &mut BTreeSet<Identity>, world: Option<&Snapshot>, table: &Table) {
-        let described = |owner: &Owner| world.and_then(|world| owner.workload(world).ok());
-        let now: BTreeSet<Identity> = table
-            .serving
-            .values()
-            .map(|pod| match described(&pod.owner) {
-                Some(workload) => workload.identity(),
-                None => Identity {
-                    trust_domain: self.trust_domain.clone(),
-                    namespace: pod.owner.namespace.clone(),
-                    service_account: pod.owner.service_account.clone(),
-                },
-            })
-            .collect();
+        let now: BTreeSet<Identity> =
+            table.serving.values().map(|pod| self.identity(world, &pod.owner)).collect();
         now.difference(wanted).for_each(|identity| self.certificates.want(identity));
         wanted.difference(&now).for_each(|identity| self.certificates.forget(identity));
         *wanted = now;

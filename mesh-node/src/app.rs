@@ -1,7 +1,7 @@
 //! Builds the agent in the order in which bytes meet it: kernel → pods with their listeners → feed; and takes it down
 //! in reverse. What is pinned in the kernel stays in force.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use mesh_core::limits;
@@ -22,22 +22,34 @@ use mesh_net::{
 use parking_lot::Mutex;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 
 use crate::{
     admin::Admin,
-    agent::{Agent, sweep_again},
-    config::Config,
+    agent::{Agent, Dismissal, Problems, sweep_again},
+    cni::{answer::CniAnswer, install},
+    config::{
+        Config,
+        enrolment::{Enrol, FromFeed},
+    },
     connections::Connections,
     direct, feed,
     kernel::{Kernel, KernelConfig},
-    pods::{Keeper, Table, enrol::Enrolment, record::Store},
+    pods::{
+        Keeper, Pods, Strays, Table,
+        enrol::Enrolment,
+        follow::{FollowConfig, Follower},
+        record::Store,
+    },
     world::World,
 };
 
 /// What remains of a forced drain.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Resources of the feed that wait to be asked for once more; others are tried again.
+const ASKED_AGAIN: usize = 64;
 
 /// Runs the agent until it has drained.
 ///
@@ -51,6 +63,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let (kernel, probe) = Kernel::open(&KernelConfig {
         node: config.node.clone(),
         bpffs: config.bpffs.clone(),
+        mount_bpffs: matches!(config.enrol, Enrol::Socket(_)),
         cgroup: config.cgroup.clone(),
     })?;
     let events = kernel.events().context("read the kernel's events")?;
@@ -67,6 +80,9 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let table = watch::Sender::new(Arc::new(Table::default()));
     let agent = Arc::new(Agent {
         node: config.node.as_str().into(),
+        proc: config.proc.clone(),
+        problems: Problems::default(),
+        dismissal: watch::Sender::new(Dismissal::No),
         trust_domain: config.trust_domain.as_str().into(),
         kernel,
         world: World::default(),
@@ -87,13 +103,23 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     tasks.spawn(sweep_again(agent.clone(), draining.clone()));
 
     let (mut keeper, pods) = Keeper::new(agent.clone(), Store::new(&config.state_dir), table);
-    keeper.adopt().await.context("take up the pods that were enrolled before")?;
+    let strays = match config.enrol {
+        Enrol::Socket(_) => Strays::Release,
+        Enrol::Feed(_) => Strays::Keep,
+    };
+    keeper.adopt(strays).await.context("take up the pods that were enrolled before")?;
     tasks.spawn(keeper.run(draining.clone()));
-    let enrol = endpoint::bind(&config.enrol_socket)?;
-    let enrolment = Arc::new(Enrolment { agent: agent.clone(), pods });
-    tasks.spawn(endpoint::serve(enrol, draining.clone(), tasks.clone(), enrolment));
+    let enrolling = match &config.enrol {
+        Enrol::Socket(socket) => {
+            let enrolment = Arc::new(Enrolment { agent: agent.clone(), pods });
+            tasks.spawn(endpoint::serve(endpoint::bind(socket)?, draining.clone(), tasks.clone(), enrolment));
+            None
+        }
+        Enrol::Feed(from) => Some(follow(&agent, pods, from, &config.state_dir)?),
+    };
+    let following = enrolling.as_ref().map(|enrolling| enrolling.following.clone());
 
-    let feed = feed::start(&agent, control)?;
+    let feed = feed::start(&agent, control, enrolling)?;
 
     let asked_to_drain = watch::Sender::new(false);
     let admin = endpoint::bind(&config.admin_socket)?;
@@ -101,6 +127,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         agent: agent.clone(),
         probe,
         feed: feed.status,
+        following,
         log,
         drain: asked_to_drain.clone(),
     });
@@ -123,11 +150,43 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     // Some of these never end by themselves; tunnels say goodbye in a tenth of a second.
     tasks.shutdown(GOODBYE / 4).await;
     agent.direct.stop();
-    for socket in [&config.enrol_socket, &config.admin_socket] {
+    for socket in [config.enrol.socket(), &config.admin_socket] {
         let _ = std::fs::remove_file(socket);
     }
     tracing::info!("stopped; what is pinned in the kernel stays in force");
     Ok(())
+}
+
+/// Enrolment as the control plane wants it: the task that follows the feed, the plugin's socket, then the plugin itself,
+/// which finds somebody there from its first call on.
+fn follow(
+    agent: &Arc<Agent>,
+    pods: Pods,
+    from: &FromFeed,
+    state_dir: &Path,
+) -> anyhow::Result<feed::Enrolling> {
+    let (tasks, draining) = (&agent.tasks, &agent.draining);
+    let (again, asked_again) = mpsc::channel(ASKED_AGAIN);
+    let config = FollowConfig {
+        state_dir: state_dir.to_owned(),
+        results: from.results.clone(),
+        known: from.known.clone(),
+        again,
+    };
+    let (follower, following) =
+        Follower::new(agent.clone(), pods, config).context("read the sandboxes that were told of before")?;
+    tasks.spawn(follower.run(draining.clone()));
+    let answer = Arc::new(CniAnswer { agent: agent.clone(), following: following.clone() });
+    let socket = endpoint::bind(&from.cni_socket)?;
+    tasks.spawn(endpoint::serve(socket, draining.clone(), tasks.clone(), answer));
+    match &from.install {
+        Some(wanted) => {
+            agent.problems.set(install::CONCERN, Some("not installed yet".to_owned()));
+            tasks.spawn(install::keep(wanted.clone(), agent.clone(), draining.clone()));
+        }
+        None => tracing::warn!("no --cni-plugin: new pods are captured only after they have started"),
+    }
+    Ok(feed::Enrolling { following, again: asked_again })
 }
 
 /// SIGTERM, SIGINT or a request.

@@ -1,10 +1,14 @@
 //! What the agent was told: flags and environment, checked once.
 
+pub mod enrolment;
+
 use std::{fs, io, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
 use thiserror::Error;
+
+use self::enrolment::{CniDirs, Enrol, EnrolSettings};
 
 /// The node agent of Undermesh: captures the pods of one node and carries their connections.
 #[derive(Debug, Parser)]
@@ -24,7 +28,14 @@ pub enum Command {
     Clean(CleanSettings),
     /// Reports what this kernel offers and what is missing.
     Probe(ProbeSettings),
+    /// Asks the running agent and prints its answer.
+    Ask(AskSettings),
+    /// Has the running agent release every pod of the node and take the CNI plugin away; ends when that is done.
+    Release(ReleaseSettings),
 }
+
+/// Where the agent of a node is asked.
+const ADMIN_SOCKET: &str = "/run/undermesh/admin.sock";
 
 /// Settings of `run` as written.
 #[derive(Clone, Debug, Args)]
@@ -52,16 +63,17 @@ pub struct Settings {
     /// Directory for what must survive a restart; created if absent.
     #[arg(long, env = "UNDERMESH_STATE_DIR", value_name = "DIR")]
     pub state_dir: PathBuf,
-    /// Unix socket on which pods are enrolled and released; root only.
-    #[arg(long, env = "UNDERMESH_ENROL_SOCKET", value_name = "SOCKET")]
-    pub enrol_socket: PathBuf,
+    /// Enrolment.
+    #[command(flatten)]
+    pub enrol: EnrolSettings,
     /// Unix socket of the admin endpoint; root only.
-    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", value_name = "SOCKET")]
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "SOCKET")]
     pub admin_socket: PathBuf,
     /// Where the BPF file system is mounted.
     #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
     pub bpffs: PathBuf,
-    /// cgroup v2 directory to attach to; found in /proc/self/mountinfo if absent.
+    /// Where the root of the cgroup v2 hierarchy is, or the directory of a hybrid one; found in /proc/self/mountinfo if
+    /// absent.
     #[arg(long, env = "UNDERMESH_CGROUP", value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
     /// Trust domain until the control plane names another one.
@@ -81,6 +93,15 @@ pub struct CleanSettings {
     /// Every node's.
     #[arg(long)]
     pub all: bool,
+    /// Where the CNI plugin was put; it is removed first.
+    #[command(flatten)]
+    pub dirs: CniDirs,
+    /// Directory of what survived a restart; what is ours in it is removed, and what it tells of in pods.
+    #[arg(long, env = "UNDERMESH_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// A `proc` file system in which settings of pods can be written.
+    #[arg(long, env = "UNDERMESH_HOST_PROC", default_value = "/proc", value_name = "DIR")]
+    pub host_proc: PathBuf,
     /// Where the BPF file system is mounted.
     #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
     pub bpffs: PathBuf,
@@ -95,6 +116,24 @@ pub struct ProbeSettings {
     /// cgroup v2 directory to attach to; found in /proc/self/mountinfo if absent.
     #[arg(long, env = "UNDERMESH_CGROUP", value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
+}
+
+/// Settings of `ask` as written.
+#[derive(Clone, Debug, Args)]
+pub struct AskSettings {
+    /// What to ask for, such as `/pods`, `/enrolment`, `/connections`, `/config_dump`, `/kernel` or `/healthz/ready`.
+    pub path: String,
+    /// The agent's admin socket.
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "SOCKET")]
+    pub admin_socket: PathBuf,
+}
+
+/// Settings of `release` as written.
+#[derive(Clone, Debug, Args)]
+pub struct ReleaseSettings {
+    /// The agent's admin socket.
+    #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "SOCKET")]
+    pub admin_socket: PathBuf,
 }
 
 /// Why settings are unusable.
@@ -130,8 +169,10 @@ pub struct Config {
     pub control: Control,
     /// Directory for what must survive a restart; exists.
     pub state_dir: PathBuf,
-    /// Where pods are enrolled.
-    pub enrol_socket: PathBuf,
+    /// Who says which pods are in the mesh.
+    pub enrol: Enrol,
+    /// The `proc` file system by which settings of pods are written.
+    pub proc: PathBuf,
     /// Where operators ask.
     pub admin_socket: PathBuf,
     /// The BPF file system.
@@ -172,9 +213,12 @@ impl Config {
         }
         read("--credential", &settings.credential)?;
         create(&settings.state_dir, "--state-dir")?;
-        for (socket, setting) in
-            [(&settings.enrol_socket, "--enrol-socket"), (&settings.admin_socket, "--admin-socket")]
-        {
+        let enrol = Enrol::new(&settings.enrol, &settings.state_dir)?;
+        let (at, setting) = match &enrol {
+            Enrol::Socket(socket) => (socket, "--enrol-socket"),
+            Enrol::Feed(feed) => (&feed.cni_socket, "--cni-socket"),
+        };
+        for (socket, setting) in [(at, setting), (&settings.admin_socket, "--admin-socket")] {
             if let Some(parent) = socket.parent().filter(|parent| !parent.as_os_str().is_empty()) {
                 create(parent, setting)?;
             }
@@ -188,7 +232,8 @@ impl Config {
                 credential: settings.credential.clone(),
             },
             state_dir: settings.state_dir.clone(),
-            enrol_socket: settings.enrol_socket.clone(),
+            enrol,
+            proc: settings.enrol.host_proc.clone(),
             admin_socket: settings.admin_socket.clone(),
             bpffs: settings.bpffs.clone(),
             cgroup: settings.cgroup.clone(),
@@ -234,7 +279,10 @@ fn create(path: &std::path::Path, setting: &'static str) -> Result<(), ConfigErr
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        enrolment::{EnrolFrom, WhenDown},
+        *,
+    };
 
     fn settings(directory: &std::path::Path, node: &str) -> Settings {
         let at = |name: &str| directory.join(name);
@@ -245,7 +293,17 @@ mod tests {
             control_name: "control".to_owned(),
             credential: at("token"),
             state_dir: at("state/deep"),
-            enrol_socket: at("run/enrol.sock"),
+            enrol: EnrolSettings {
+                enrol_from: EnrolFrom::Socket,
+                enrol_socket: Some(at("run/enrol.sock")),
+                cni_socket: at("run/cni.sock"),
+                dirs: CniDirs::default(),
+                cni_plugin: None,
+                cni_exempt: Vec::new(),
+                cni_when_down: WhenDown::Refuse,
+                cni_results: at("results"),
+                host_proc: "/proc".into(),
+            },
             admin_socket: at("run/admin.sock"),
             bpffs: at("bpf"),
             cgroup: None,
@@ -283,6 +341,17 @@ mod tests {
             panic!("not run");
         };
         assert_eq!((settings.node.as_str(), settings.log_format), ("n1", LogFormat::Json));
+        let on_a_cluster = "mesh-node run --node n1 --control undermesh-control.undermesh-system.svc:15012 \
+                            --control-roots r --credential c --state-dir /var/lib/undermesh --enrol-from=feed \
+                            --cni-bin-dir b --cni-conf-dir c --cni-plugin p --cni-exempt=kube-system,x";
+        let Command::Run(settings) = Cli::try_parse_from(on_a_cluster.split_whitespace()).unwrap().command
+        else {
+            panic!("not run");
+        };
+        let Ok(Enrol::Feed(feed)) = Enrol::new(&settings.enrol, &settings.state_dir) else {
+            panic!("no feed")
+        };
+        assert_eq!(feed.install.unwrap().plugin.exempt, ["kube-system", "x"]);
         assert!(Cli::try_parse_from(["mesh-node", "clean"]).is_err());
         assert!(Cli::try_parse_from(["mesh-node", "clean", "--all", "--node", "x"]).is_err());
         assert!(Cli::try_parse_from(["mesh-node", "clean", "--all"]).is_ok());

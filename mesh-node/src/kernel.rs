@@ -17,7 +17,12 @@ mod sync;
 mod sys;
 mod types;
 
-use std::{net::SocketAddr, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::BorrowedFd,
+    path::Path,
+    sync::Arc,
+};
 
 use mesh_ebpf_common::{
     map::{FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OTHER, FLOW_TO_AGENT, FlowKey, FlowRecord},
@@ -100,6 +105,14 @@ impl Kernel {
     /// When a map is full or the kernel refuses; nothing of a new pod is in force then.
     pub fn enrol(&self, pod: &PodIdentity, listeners: &PodListeners<'_>) -> Result<PodSlot, KernelError> {
         self.inner.enrol(pod, listeners)
+    }
+
+    /// Gives a pod other addresses while it stays captured; one that is not enrolled is no error.
+    ///
+    /// # Errors
+    /// When an address cannot be a pod's, a map is full or the kernel refuses.
+    pub fn readdress(&self, pod: PodSlot, ips: &[IpAddr]) -> Result<(), KernelError> {
+        self.inner.readdress(pod, ips)
     }
 
     /// Takes a pod out of force, also one that a former process enrolled. A pod that is not enrolled is no error.

@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod agent;
 pub mod app;
+pub mod cni;
 pub mod config;
 pub mod connections;
 pub mod direct;

@@ -41,7 +41,7 @@ async fn carry(
     if ILLEGAL_PORTS.contains(&to.port()) {
         return Err(Failure::new(Flag::IllegalPort, format!("port {} is the mesh's own", to.port())));
     }
-    if !at.pod.kept.pod.ips.contains(&to.ip()) {
+    if !at.pod.kept.load().pod.ips.contains(&to.ip()) {
         return Err(Failure::new(
             Flag::IllegalAuthority,
             format!("{} is not an address of this pod", to.ip()),

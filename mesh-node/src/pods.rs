@@ -2,17 +2,21 @@
 //! vanishes. One task owns them all, so that requests about a pod never overlap.
 
 pub mod enrol;
+pub mod follow;
 pub mod lifecycle;
 pub mod netns;
 pub mod record;
 pub mod route;
+pub mod want;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use mesh_core::{flag::Flag, limits};
 use mesh_net::{
     access::Path,
@@ -50,8 +54,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// One enrolled pod.
 pub struct Pod {
-    /// What it is.
-    pub kept: Kept,
+    /// What it is; its addresses may change while it is served.
+    pub kept: ArcSwap<Kept>,
     /// Its open namespace.
     pub netns: Netns,
     /// Its place in the kernel.
@@ -69,6 +73,11 @@ pub struct Pod {
 }
 
 impl Pod {
+    /// What it is now.
+    pub fn record(&self) -> PodRecord {
+        self.kept.load().pod.clone()
+    }
+
     /// Whether it was let go while the agent goes on.
     pub fn is_released(&self, agent: &Draining) -> bool {
         self.draining.is_started() && !agent.is_started()
@@ -165,6 +174,16 @@ pub struct Table {
 enum Command {
     Enrol(PodRecord, oneshot::Sender<Result<(), EnrolError>>),
     Release(String, Release, oneshot::Sender<Result<bool, EnrolError>>),
+    ReleaseStrays(BTreeSet<String>, oneshot::Sender<Result<(), EnrolError>>),
+}
+
+/// What becomes of a pod that the kernel captures and that no record tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strays {
+    /// It is released at once: nobody else will ever tell of it.
+    Release,
+    /// It stays captured, and so without connections, until [`Pods::release_strays`] tells who is wanted.
+    Keep,
 }
 
 /// The way to the task that owns the pods.
@@ -192,6 +211,16 @@ impl Pods {
     pub async fn release(&self, uid: String, how: Release) -> Result<bool, EnrolError> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Release(uid, how, reply)).await.map_err(|_| EnrolError::Draining)?;
+        answer.await.map_err(|_| EnrolError::Draining)?
+    }
+
+    /// Releases what the kernel captures although it is neither enrolled nor `wanted`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn release_strays(&self, wanted: BTreeSet<String>) -> Result<(), EnrolError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::ReleaseStrays(wanted, reply)).await.map_err(|_| EnrolError::Draining)?;
         answer.await.map_err(|_| EnrolError::Draining)?
     }
 
@@ -224,19 +253,15 @@ impl Keeper {
         (Self { agent, store, table, commands }, pods)
     }
 
-    /// Takes up what was enrolled before: pods that were kept are served again, and what the kernel still captures
-    /// without being kept is let go.
+    /// Takes up what was enrolled before: pods that were kept are served again.
     ///
     /// # Errors
     /// The state directory cannot be read, or the kernel refuses.
-    pub async fn adopt(&mut self) -> Result<(), EnrolError> {
+    pub async fn adopt(&mut self, strays: Strays) -> Result<(), EnrolError> {
         let kept = self.store.load()?;
         let held = self.agent.kernel.pods()?;
-        for held in &held {
-            if !kept.iter().any(|kept| kept.pod.uid == held.uid) {
-                tracing::warn!(uid = held.uid, "the kernel captures a pod that was never kept; released");
-                self.agent.kernel.release(held.slot, Release::Deleted.into())?;
-            }
+        if strays == Strays::Release {
+            self.release_strays(&kept.iter().map(|kept| kept.pod.uid.clone()).collect())?;
         }
         for kept in kept {
             let uid = kept.pod.uid.clone();
@@ -275,10 +300,25 @@ impl Keeper {
                     let outcome = self.release(&uid, how).await;
                     let _ = reply.send(outcome);
                 }
+                Event::Asked(Some(Command::ReleaseStrays(wanted, reply))) => {
+                    let _ = reply.send(self.release_strays(&wanted));
+                }
                 Event::Watch => self.look().await,
                 Event::Heal => self.heal().await,
             }
         }
+    }
+
+    fn release_strays(&self, wanted: &BTreeSet<String>) -> Result<(), EnrolError> {
+        let table = self.table.borrow().clone();
+        for held in self.agent.kernel.pods()? {
+            let ours = table.serving.contains_key(&held.uid) || table.failed.contains_key(&held.uid);
+            if !ours && !wanted.contains(&held.uid) {
+                tracing::warn!(uid = held.uid, "the kernel captures a pod that nobody wants; released");
+                self.agent.kernel.release(held.slot, Release::Deleted.into())?;
+            }
+        }
+        Ok(())
     }
 
     async fn enrol(&mut self, pod: PodRecord) -> Result<(), EnrolError> {
@@ -288,10 +328,12 @@ impl Keeper {
         // A pod that ended may hold the address that this one got; nobody waited for its end.
         self.look().await;
         let table = self.table.borrow().clone();
-        let held = table.serving.values().map(|pod| (&pod.kept, Held::Serving));
+        let serving: Vec<Arc<Kept>> = table.serving.values().map(|pod| pod.kept.load_full()).collect();
+        let held = serving.iter().map(|kept| (&**kept, Held::Serving));
         let held = held.chain(table.failed.values().map(|(kept, _)| (kept, Held::Failed)));
         match on_put(held, &pod, netns.id()) {
             Step::Already => return Ok(()),
+            Step::Readdress => return self.readdress(&table, pod).await,
             Step::Conflict { uid, what } => return Err(EnrolError::Conflict { uid, what }),
             Step::Replace => {
                 self.release(&pod.uid, Release::Deleted).await?;
@@ -301,7 +343,7 @@ impl Keeper {
         let kept = Kept { netns: netns.id(), pod };
         // Kept first: a crash after the kernel captures and before this is written would leave a pod that no agent
         // ever serves again.
-        self.store.save(self.kept(&table, &kept.pod.uid).chain(std::iter::once(&kept)))?;
+        self.save(&table, Some(&kept))?;
         let uid = kept.pod.uid.clone();
         let outcome = self.start(kept, netns).await;
         if outcome.is_err() {
@@ -312,6 +354,25 @@ impl Keeper {
             self.persist()?;
         }
         outcome
+    }
+
+    /// Gives a pod other addresses while it is served: it stays captured, and its listeners stay open.
+    async fn readdress(&mut self, table: &Table, record: PodRecord) -> Result<(), EnrolError> {
+        let Some(pod) = table.serving.get(&record.uid).cloned() else { return Ok(()) };
+        let next = Kept { netns: pod.netns.id(), pod: record };
+        self.save(table, Some(&next))?;
+        let (agent, at, ips) = (self.agent.clone(), pod.clone(), next.pod.ips.clone());
+        let outcome = blocking(move || {
+            route::ensure(&at.netns, &ips, route::MARKING, &agent.proc)?;
+            Ok(agent.kernel.readdress(at.slot, &ips)?)
+        });
+        if let Err(error) = outcome.await {
+            self.persist()?;
+            return Err(error);
+        }
+        tracing::info!(uid = next.pod.uid, ips = ?next.pod.ips, "pod has other addresses");
+        pod.kept.store(Arc::new(next));
+        Ok(self.agent.enforce()?)
     }
 
     /// Puts one pod in force.
@@ -368,7 +429,7 @@ impl Keeper {
         }
         let Some(pod) = table.serving.get(uid).cloned() else {
             // A pod that left and is deleted now: what it still has open ends.
-            for pod in table.leaving.iter().filter(|pod| pod.kept.pod.uid == uid && how == Release::Deleted) {
+            for pod in table.leaving.iter().filter(|pod| *pod.owner.uid == *uid && how == Release::Deleted) {
                 pod.drain.force();
             }
             return Ok(false);
@@ -396,13 +457,13 @@ impl Keeper {
     }
 
     async fn delete(&mut self, pod: &Arc<Pod>) -> Result<(), EnrolError> {
-        self.agent.connections.cut_pod(&pod.kept.pod.uid, Flag::PodReleased, |_| true);
+        self.agent.connections.cut_pod(&pod.owner.uid, Flag::PodReleased, |_| true);
         pod.drain.force();
         let outcome = self.agent.kernel.release(pod.slot, Release::Deleted.into());
         self.agent.direct.cut_pod(&self.agent.kernel, pod.slot);
         pod.tasks.shutdown(FAREWELL).await;
         if pod.netns.name() == Name::Same {
-            undo(pod).await;
+            undo(&self.agent, pod).await;
         }
         Ok(outcome?)
     }
@@ -417,7 +478,7 @@ impl Keeper {
         self.agent.tasks.spawn(async move {
             if tokio::time::timeout(limits::DRAIN, pod.tasks.idle()).await.is_err() {
                 let tunnelled = |path: Option<Path>| path == Some(Path::Tunnel) || path.is_none();
-                agent.connections.cut_pod(&pod.kept.pod.uid, Flag::PodReleased, tunnelled);
+                agent.connections.cut_pod(&pod.owner.uid, Flag::PodReleased, tunnelled);
             }
         });
         Ok(())
@@ -427,7 +488,8 @@ impl Keeper {
     async fn look(&mut self) {
         let table = self.table.borrow().clone();
         let gone = |kept: &Kept| name_of(&kept.pod.netns, kept.netns) == Name::Gone;
-        for uid in table.serving.values().filter(|pod| gone(&pod.kept)).map(|pod| pod.kept.pod.uid.clone()) {
+        let serving = table.serving.values().map(|pod| pod.kept.load_full());
+        for uid in serving.filter(|kept| gone(kept)).map(|kept| kept.pod.uid.clone()) {
             tracing::info!(uid, "the pod's network namespace is gone");
             if let Err(error) = self.release(&uid, Release::Deleted).await {
                 tracing::warn!(uid, error = chain(&error), "a vanished pod was not released cleanly");
@@ -454,7 +516,7 @@ impl Keeper {
                 let back =
                     self.table.borrow().serving.values().any(|other| other.netns.id() == pod.netns.id());
                 if !back && pod.netns.name() == Name::Same {
-                    undo(pod).await;
+                    undo(&self.agent, pod).await;
                 }
                 self.table.send_modify(|table| {
                     Arc::make_mut(table).leaving.retain(|other| !Arc::ptr_eq(other, pod));
@@ -466,9 +528,11 @@ impl Keeper {
     async fn heal(&mut self) {
         let table = self.table.borrow().clone();
         for pod in table.serving.values().cloned() {
-            let uid = pod.kept.pod.uid.clone();
+            let (record, agent) = (pod.record(), self.agent.clone());
+            let uid = record.uid.clone();
             let healed =
-                blocking(move || Ok(route::ensure(&pod.netns, &pod.kept.pod.ips, route::MARKING)?)).await;
+                blocking(move || Ok(route::ensure(&pod.netns, &record.ips, route::MARKING, &agent.proc)?))
+                    .await;
             if let Err(error) = healed {
                 tracing::debug!(
                     uid,
@@ -479,23 +543,38 @@ impl Keeper {
         }
     }
 
-    fn kept<'a>(&self, table: &'a Table, except: &str) -> impl Iterator<Item = &'a Kept> + use<'a> {
-        let serving = table.serving.values().map(|pod| &pod.kept);
-        let all = serving.chain(table.failed.values().map(|(kept, _)| kept));
-        let except = except.to_owned();
-        all.filter(move |kept| kept.pod.uid != except)
+    fn persist(&self) -> Result<(), StoreError> {
+        self.save(&self.table.borrow().clone(), None)
     }
 
-    fn persist(&self) -> Result<(), StoreError> {
-        let table = self.table.borrow().clone();
-        self.store.save(self.kept(&table, ""))
+    /// Keeps what the table holds, and `instead` of what it holds of that pod.
+    fn save(&self, table: &Table, instead: Option<&Kept>) -> Result<(), StoreError> {
+        let serving: Vec<Arc<Kept>> = table.serving.values().map(|pod| pod.kept.load_full()).collect();
+        let all = serving.iter().map(|kept| &**kept).chain(table.failed.values().map(|(kept, _)| kept));
+        let others = all.filter(|kept| instead.is_none_or(|instead| instead.pod.uid != kept.pod.uid));
+        self.store.save(others.chain(instead))
     }
+}
+
+/// Takes away what an agent that is gone left in pods and in its state directory; returns what was there.
+///
+/// # Errors
+/// Something cannot be read or removed.
+pub fn clean(directory: &std::path::Path, proc: &std::path::Path) -> Result<Vec<PathBuf>, EnrolError> {
+    let store = Store::new(directory);
+    for kept in store.load()? {
+        let Ok(netns) = Netns::open(&kept.pod.netns) else { continue };
+        if netns.id() == kept.netns {
+            route::undo(&netns, &kept.pod.ips, route::MARKING, proc)?;
+        }
+    }
+    Ok(record::clean(directory)?)
 }
 
 /// Everything of a pod that blocks: rule and route, listeners, kernel. Undone when a later step fails.
 fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listeners::Listeners), EnrolError> {
     let ips = &kept.pod.ips;
-    route::ensure(&netns, ips, route::MARKING)?;
+    route::ensure(&netns, ips, route::MARKING, &agent.proc)?;
     let captured = listeners::open(&netns).and_then(|listeners| {
         let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
         Ok((slot, listeners))
@@ -503,7 +582,7 @@ fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listene
     match captured {
         Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
         Err(error) => {
-            if let Err(left) = route::undo(&netns, ips, route::MARKING) {
+            if let Err(left) = route::undo(&netns, ips, route::MARKING, &agent.proc) {
                 tracing::warn!(
                     uid = kept.pod.uid,
                     error = chain(&left),
@@ -525,11 +604,12 @@ async fn is_another(held: &[HeldPod], kept: &Kept) -> bool {
     !known.is_empty() && now.is_ok_and(|netns| !known.contains(&netns.cookie()))
 }
 
-async fn undo(pod: &Arc<Pod>) {
-    let (uid, pod) = (pod.kept.pod.uid.clone(), pod.clone());
-    let undone = blocking(move || Ok(route::undo(&pod.netns, &pod.kept.pod.ips, route::MARKING)?)).await;
+async fn undo(agent: &Arc<Agent>, pod: &Arc<Pod>) {
+    let (record, pod, agent) = (pod.record(), pod.clone(), agent.clone());
+    let ips = record.ips;
+    let undone = blocking(move || Ok(route::undo(&pod.netns, &ips, route::MARKING, &agent.proc)?)).await;
     if let Err(error) = undone {
-        tracing::warn!(uid, error = chain(&error), "rule and route of a pod were left behind");
+        tracing::warn!(uid = record.uid, error = chain(&error), "rule and route of a pod were left behind");
     }
 }
 

@@ -59,6 +59,12 @@ impl Batch {
         }
     }
 
+    /// Refuses what turned out not to be in force.
+    pub(super) fn refuse(&mut self, refused: Vec<Rejected>) {
+        self.accepted.retain(|(name, _)| refused.iter().all(|refused| refused.name != *name));
+        self.rejected.extend(refused);
+    }
+
     /// Names that are no longer refused, whatever they were before.
     pub(super) fn settled(&self) -> impl Iterator<Item = &str> {
         self.accepted.iter().map(|(name, _)| name.as_str()).chain(self.removed.iter().map(String::as_str))

@@ -93,24 +93,36 @@ impl Inner {
             self.maps.listeners.lock().set(entry.slot + slot, listener, 0).map_err(fault("LISTENERS"))?;
         }
         self.maps.pods.set(&netns, entry)?;
-        self.give_addresses(pod, netns, entry.id)?;
+        self.give_addresses(&pod.ips, netns, entry.id)?;
         load_inbound(self, netns, entry.slot, pod)?;
         self.maps.pods.set(&netns, &PodEntry { flags: entry.flags | POD_CAPTURE, ..*entry })
     }
 
-    /// An address that another pod had is taken from it, and with it everything that was permitted by it.
-    fn give_addresses(&self, pod: &PodIdentity, netns: u64, id: u32) -> Result<(), KernelError> {
+    /// The pod has these addresses from now on. It stays captured all the while.
+    pub fn readdress(&self, pod: PodSlot, ips: &[IpAddr]) -> Result<(), KernelError> {
+        let _served = self.pods.lock();
+        let Some(entry) = self.maps.pods.get(&pod.netns)?.filter(|entry| entry.id == pod.id) else {
+            return Ok(());
+        };
+        usable(ips).map_err(|why| KernelError::BadPod { uid: uid(&entry), why })?;
+        self.give_addresses(ips, pod.netns, pod.id)
+    }
+
+    /// An address that another pod had is taken from it, and one that this pod has no more is taken from this one; with
+    /// it goes everything that was permitted by it.
+    fn give_addresses(&self, ips: &[IpAddr], netns: u64, id: u32) -> Result<(), KernelError> {
+        let wanted: Vec<Ip> = ips.iter().map(|ip| Ip::from(*ip)).collect();
+        let held = self.maps.local.entries()?;
+        for ip in &wanted {
+            self.maps.local.set(ip, &LocalPod { netns, pod: id, pad: 0 })?;
+        }
         let mut taken = false;
-        let wanted: Vec<Ip> = pod.ips.iter().map(|ip| Ip::from(*ip)).collect();
-        for (ip, local) in self.maps.local.entries()? {
-            let ours = local.netns == netns;
-            if ours && !wanted.contains(&ip) {
+        for (ip, local) in held {
+            let (ours, stays) = (local.netns == netns, wanted.contains(&ip));
+            if ours && !stays {
                 self.maps.local.remove(&ip)?;
             }
-            taken |= !ours && wanted.contains(&ip);
-        }
-        for ip in wanted {
-            self.maps.local.set(&ip, &LocalPod { netns, pod: id, pad: 0 })?;
+            taken |= ours != stays;
         }
         if taken {
             self.raise_generation()?;
@@ -235,12 +247,18 @@ fn slots<'a>(listeners: &PodListeners<'a>) -> impl Iterator<Item = (u32, &'a Tcp
 }
 
 fn check(pod: &PodIdentity) -> Result<(), &'static str> {
+    if pod.uid.is_empty() || pod.uid.len() > 64 {
+        return Err("its UID must have 1 to 64 bytes");
+    }
+    usable(&pod.ips)
+}
+
+fn usable(ips: &[IpAddr]) -> Result<(), &'static str> {
     let usable = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast();
     match () {
-        () if pod.uid.is_empty() || pod.uid.len() > 64 => Err("its UID must have 1 to 64 bytes"),
-        () if pod.ips.is_empty() => Err("it has no address"),
-        () if pod.ips.len() > 16 => Err("it has more than 16 addresses"),
-        () if !pod.ips.iter().all(usable) => Err("an address is a loopback, unspecified or multicast one"),
+        () if ips.is_empty() => Err("it has no address"),
+        () if ips.len() > 16 => Err("it has more than 16 addresses"),
+        () if !ips.iter().all(usable) => Err("an address is a loopback, unspecified or multicast one"),
         () => Ok(()),
     }
 }

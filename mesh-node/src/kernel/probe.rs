@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +14,7 @@ use aya::{
 use nix::{
     mount::{MsFlags, mount},
     sys::{
-        statfs::{BPF_FS_MAGIC, statfs},
+        statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
         utsname::uname,
     },
 };
@@ -28,17 +29,20 @@ pub const SOCK_DESTROY: &str = "SOCK_DESTROY";
 /// The client's address is kept on the way to the application.
 pub const FWMARK_ACCEPT: &str = "tcp_fwmark_accept";
 
+/// The inode of the root of every cgroup hierarchy.
+const ROOT_INODE: u64 = 1;
+
 /// Looks at everything; `Err` only when the two file systems are missing.
 pub fn probe(config: &KernelConfig) -> Result<ProbeReport, KernelError> {
     let cgroup = match &config.cgroup {
-        Some(path) => path.clone(),
+        Some(path) => true_root(path)?,
         None => cgroup_root(
             &fs::read_to_string("/proc/self/mountinfo")
                 .map_err(KernelError::io("read /proc/self/mountinfo"))?,
         )
         .ok_or(KernelError::NoCgroup)?,
     };
-    mounted(&config.bpffs)?;
+    mounted(&config.bpffs, config.mount_bpffs)?;
     let kernel = uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default();
     Ok(ProbeReport { kernel, cgroup, bpffs: config.bpffs.clone(), features: features(), reused: false })
 }
@@ -99,17 +103,32 @@ fn cgroup_root(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
+/// The root of the hierarchy at `given`, or of the one that a hybrid host has below. A process in a cgroup namespace of
+/// its own may see a part of the hierarchy as if it were the whole: only the root's inode is 1.
+fn true_root(given: &Path) -> Result<PathBuf, KernelError> {
+    let is_v2 = |path: &Path| statfs(path).is_ok_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    let refused = |why: &str| KernelError::NotCgroupRoot { path: given.to_owned(), why: why.to_owned() };
+    let found = [given.to_owned(), given.join("unified")].into_iter().find(|path| is_v2(path));
+    let path = found.ok_or_else(|| refused("no cgroup v2 is mounted there"))?;
+    let inode = fs::metadata(&path).map_err(KernelError::io(format!("look at {}", path.display())))?.ino();
+    if inode == ROOT_INODE { Ok(path) } else { Err(refused("it is a part of the hierarchy, not its root")) }
+}
+
 /// mountinfo writes space, tab, newline and backslash as three octal digits.
 fn unescape(text: &str) -> String {
     text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
-/// Makes sure that bpffs is at `path`, mounting it when it may.
-fn mounted(path: &Path) -> Result<(), KernelError> {
+/// Makes sure that bpffs is at `path`; mounts it when that is wanted and allowed.
+fn mounted(path: &Path, may_mount: bool) -> Result<(), KernelError> {
     let no = |source: io::Error| KernelError::NoBpffs { path: path.to_owned(), source };
     let is_bpffs = || statfs(path).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
     if is_bpffs() {
         return Ok(());
+    }
+    if !may_mount {
+        let why = "it is not mounted on the host, or not handed into the container; on the host: mount -t bpf bpf /sys/fs/bpf";
+        return Err(no(io::Error::other(why)));
     }
     fs::create_dir_all(path).map_err(no)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -120,6 +139,23 @@ fn mounted(path: &Path) -> Result<(), KernelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_given_directory_must_be_the_root() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = true_root(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("no cgroup v2"), "{error}");
+        let Some(root) = cgroup_root(&fs::read_to_string("/proc/self/mountinfo").unwrap()) else { return };
+        assert_eq!(true_root(&root).unwrap(), root);
+        if let Some(parent) = root.parent().filter(|_| root.ends_with("unified")) {
+            assert_eq!(true_root(parent).unwrap(), root, "a hybrid host's directory");
+        }
+        let part = fs::read_dir(&root).unwrap().filter_map(Result::ok).find(|entry| entry.path().is_dir());
+        if let Some(part) = part {
+            let error = true_root(&part.path()).unwrap_err().to_string();
+            assert!(error.contains("not its root"), "{error}");
+        }
+    }
 
     #[test]
     fn only_a_true_root_of_cgroup_v2_counts() {

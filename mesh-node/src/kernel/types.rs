@@ -19,7 +19,10 @@ pub struct KernelConfig {
     pub node: String,
     /// Where bpffs is, or is to be mounted.
     pub bpffs: PathBuf,
-    /// Root of the cgroup v2 hierarchy; found in `/proc/self/mountinfo` when absent.
+    /// It is mounted when it is not there. Never in a container: what is mounted there ends with it, and the pins with
+    /// that.
+    pub mount_bpffs: bool,
+    /// Root of the cgroup v2 hierarchy, or a hybrid one's directory; found in `/proc/self/mountinfo` when absent.
     pub cgroup: Option<PathBuf>,
 }
 
@@ -278,6 +281,14 @@ pub enum KernelError {
     /// There is no cgroup v2 hierarchy.
     #[error("no cgroup v2 root is mounted (looked in /proc/self/mountinfo): mount one or pass --cgroup")]
     NoCgroup,
+    /// What was given is not the root of a cgroup v2 hierarchy.
+    #[error("--cgroup {}: {why}; give the host's /sys/fs/cgroup", path.display())]
+    NotCgroupRoot {
+        /// What was given.
+        path: PathBuf,
+        /// What it is.
+        why: String,
+    },
     /// bpffs is missing and cannot be mounted.
     #[error("{path} is no bpffs and cannot be mounted: {source}")]
     NoBpffs {

@@ -3,7 +3,8 @@
 //! ```text
 //!            PUT                    DELETE leave
 //! (unknown) ─────► Serving ───────────────────────► Leaving ──last connection ended──► (unknown)
-//!     ▲              │  │ PUT with another namespace, addresses or account: DELETE deleted, then PUT
+//!     ▲              │  │ PUT with other addresses: Serving, with those
+//!     │              │  │ PUT with another namespace or account: DELETE deleted, then PUT
 //!     │              │  └────────────────────────────────────────────────────────────► Serving
 //!     └──────────────┘
 //!      DELETE deleted, or the namespace's name vanished; from every state
@@ -54,6 +55,8 @@ pub enum Step {
     Already,
     /// Enrol it.
     Start,
+    /// It is served, and only its addresses are others: give it these.
+    Readdress,
     /// Release what goes by this uid as deleted, then enrol.
     Replace,
     /// Another pod has what this one claims.
@@ -72,6 +75,9 @@ pub fn on_put<'a>(held: impl Iterator<Item = (&'a Kept, Held)>, wanted: &PodReco
         if kept.pod.uid == wanted.uid {
             step = match state {
                 Held::Serving if kept.netns == netns && kept.pod == *wanted => Step::Already,
+                Held::Serving if kept.netns == netns && differs_in_addresses(&kept.pod, wanted) => {
+                    Step::Readdress
+                }
                 Held::Serving | Held::Failed => Step::Replace,
             };
         } else if let Some(what) = claims_the_same(kept, wanted, netns) {
@@ -79,6 +85,10 @@ pub fn on_put<'a>(held: impl Iterator<Item = (&'a Kept, Held)>, wanted: &PodReco
         }
     }
     step
+}
+
+fn differs_in_addresses(kept: &PodRecord, wanted: &PodRecord) -> bool {
+    *kept == PodRecord { ips: kept.ips.clone(), ..wanted.clone() }
 }
 
 /// One namespace is one pod, and an address reaches one pod: the kernel's maps are keyed by both.
@@ -122,6 +132,10 @@ mod tests {
         check(&[(kept("b", HERE), Held::Serving)], &record("a"), HERE, "b has the network namespace");
         check(&[(kept("b", THERE), Held::Failed)], &record("a"), HERE, "b has the address 10.0.0.2");
         check(&[(kept("b", THERE), Held::Serving)], &elsewhere, HERE, "Start");
+        let moved = PodRecord { uid: "a".to_owned(), ..elsewhere.clone() };
+        check(&[(kept("a", HERE), Held::Serving)], &moved, HERE, "Readdress");
+        check(&[(kept("a", HERE), Held::Serving)], &moved, THERE, "Replace");
+        check(&[(kept("a", HERE), Held::Failed)], &moved, HERE, "Replace");
         check(
             &[(kept("a", HERE), Held::Serving), (kept("b", THERE), Held::Serving)],
             &record("a"),

@@ -81,7 +81,8 @@ impl PodRecord {
     }
 }
 
-fn usable(address: &IpAddr) -> bool {
+/// Whether a pod can be known by this address.
+pub fn usable(address: &IpAddr) -> bool {
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
@@ -161,6 +162,34 @@ impl Store {
         file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed)?;
         fs::rename(&next, &self.path).map_err(failed)
     }
+}
+
+/// Files of ours in a state directory.
+const FILES: [&str; 6] = [
+    "pods.json",
+    "pods.json.next",
+    "sandboxes.json",
+    ".sandboxes.json.next",
+    "namespaces.json",
+    ".namespaces.json.next",
+];
+
+/// Removes what is ours in a state directory, and the directory if nothing else is in it.
+///
+/// # Errors
+/// A file cannot be removed.
+pub fn clean(directory: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut removed = Vec::new();
+    for path in FILES.map(|name| directory.join(name)) {
+        match fs::remove_file(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(StoreError::Io { path, source }),
+        }
+    }
+    // It may be a mount point, or hold what is not ours.
+    let _ = fs::remove_dir(directory);
+    Ok(removed)
 }
 
 #[cfg(test)]

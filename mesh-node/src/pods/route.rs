@@ -21,7 +21,8 @@ use super::netns::{Netns, NetnsError};
 
 /// Before the main table and whatever rules the pod's owner wrote, after the kernel's own table.
 const PRIORITY: u32 = 1000;
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// Below a `proc` file system.
+const FWMARK_ACCEPT: &str = "sys/net/ipv4/tcp_fwmark_accept";
 
 /// The mark that is looked up and the table that it is looked up in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,13 +64,15 @@ pub enum RouteError {
     Sysctl(#[source] io::Error),
 }
 
-/// Puts rule, route and setting in force for these addresses. Says the same a second time: nothing changes.
+/// Puts rule, route and setting in force for these addresses. Says the same a second time: nothing changes. The setting
+/// is written below `proc`, which shows the namespace that its reader is in: in a container its own is read-only, the
+/// host's is not.
 ///
 /// # Errors
 /// The first step that the kernel refuses; nothing is undone.
-pub fn ensure(netns: &Netns, addresses: &[IpAddr], marking: Marking) -> Result<(), RouteError> {
+pub fn ensure(netns: &Netns, addresses: &[IpAddr], marking: Marking, proc: &Path) -> Result<(), RouteError> {
     inside(netns, |handle, loopback| async move {
-        write_setting("1").map_err(RouteError::Sysctl)?;
+        write_setting(proc, "1").map_err(RouteError::Sysctl)?;
         for &address in one_per_family(addresses).iter() {
             let refused = |what, source| RouteError::Refused { what, address, source: Box::new(source) };
             let route = handle.route().add(local_route(address, loopback, marking)).replace().execute();
@@ -89,7 +92,7 @@ pub fn ensure(netns: &Netns, addresses: &[IpAddr], marking: Marking) -> Result<(
 ///
 /// # Errors
 /// The first step that the kernel refuses.
-pub fn undo(netns: &Netns, addresses: &[IpAddr], marking: Marking) -> Result<(), RouteError> {
+pub fn undo(netns: &Netns, addresses: &[IpAddr], marking: Marking, proc: &Path) -> Result<(), RouteError> {
     inside(netns, |handle, loopback| async move {
         for &address in one_per_family(addresses).iter() {
             let refused = |what, source| RouteError::Refused { what, address, source: Box::new(source) };
@@ -103,7 +106,7 @@ pub fn undo(netns: &Netns, addresses: &[IpAddr], marking: Marking) -> Result<(),
                 _ => {}
             }
         }
-        write_setting("0").map_err(RouteError::Sysctl)
+        write_setting(proc, "0").map_err(RouteError::Sysctl)
     })
 }
 
@@ -170,9 +173,10 @@ fn says(error: &rtnetlink::Error, code: i32) -> bool {
     matches!(error, rtnetlink::Error::NetlinkError(message) if message.raw_code() == -code)
 }
 
-fn write_setting(value: &str) -> io::Result<()> {
-    if fs::read_to_string(FWMARK_ACCEPT)?.trim() == value {
+fn write_setting(proc: &Path, value: &str) -> io::Result<()> {
+    let path = proc.join(FWMARK_ACCEPT);
+    if fs::read_to_string(&path)?.trim() == value {
         return Ok(());
     }
-    fs::write(Path::new(FWMARK_ACCEPT), value)
+    fs::write(path, value)
 }

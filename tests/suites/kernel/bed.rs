@@ -287,7 +287,7 @@ impl Bed {
     }
 
     pub fn config(&self) -> KernelConfig {
-        KernelConfig { node: self.node.clone(), bpffs: BPFFS.into(), cgroup: None }
+        KernelConfig { node: self.node.clone(), bpffs: BPFFS.into(), mount_bpffs: true, cgroup: None }
     }
 
     /// Starts an agent of this bed's node.

@@ -1,0 +1,201 @@
+//! Agent, plugin and control plane together.
+
+use std::{fs, net::SocketAddr, thread, time::Duration};
+
+use serde_json::Value;
+
+use crate::bed::{Bed, call, echoes, until};
+
+/// A pod may start within this time in the dark; less than the plugin's own patience.
+const HELD: Duration = Duration::from_millis(500);
+
+fn primary(bed: &Bed) {
+    let text = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+    fs::write(bed.at("conf").join("10-net.conflist"), text).unwrap();
+}
+
+#[test]
+fn a_pod_starts_when_it_is_captured_and_not_before_it_is_known() {
+    let mut bed = Bed::new();
+    primary(&bed);
+    let sandbox = bed.sandbox("a", 2);
+    bed.control();
+    bed.agent();
+    bed.until_ready();
+    thread::scope(|scope| {
+        let adding = scope.spawn(|| bed.add(&sandbox));
+        thread::sleep(HELD);
+        assert!(!adding.is_finished(), "a pod that nobody knows was let through: {:?}", adding.join());
+        bed.pod(&sandbox, false);
+        let called = adding.join().unwrap();
+        assert!(called.ok && called.json() == bed.conf(&sandbox)["prevResult"], "{called:?}");
+        // In force when the answer comes, not soon after.
+        assert_eq!(bed.captured(&sandbox), Ok(true));
+    });
+    assert!(call("CHECK", &bed.conf(&sandbox), &sandbox, "shop").ok);
+    // The status that comes later says the same.
+    bed.pod(&sandbox, true);
+    bed.until_state(&sandbox, "enrolled");
+    assert!(call("DEL", &bed.conf(&sandbox), &sandbox, "shop").ok);
+    assert_eq!(bed.captured(&sandbox), Ok(false));
+}
+
+#[test]
+fn the_label_of_a_running_pod_takes_effect_and_is_taken_back() {
+    let mut bed = Bed::new();
+    bed.label(false);
+    let (mut sandbox, outside) = (bed.sandbox("a", 2), bed.serve(None, 8081));
+    fs::write(bed.at("results").join("net-c-eth0"), sandbox.cached()).unwrap();
+    bed.pod(&sandbox, true);
+    bed.control();
+    bed.agent();
+    let why = bed.until_state(&sandbox, "outside");
+    assert!(why.starts_with("NotLabelled"), "{why}");
+    assert_eq!(bed.captured(&sandbox), Ok(false));
+    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
+    let mut before = sandbox.dial(to).unwrap();
+    assert!(echoes(&mut before));
+
+    bed.label(true);
+    bed.until_state(&sandbox, "enrolled");
+    assert_eq!(bed.captured(&sandbox), Ok(true));
+    assert!(echoes(&mut before), "a connection from before goes on");
+    let mut during = sandbox.dial(to).unwrap();
+    assert!(echoes(&mut during));
+
+    // Another address, while it is served: nothing that is open ends, and the new one is known.
+    fs::remove_file(bed.at("results").join("net-c-eth0")).unwrap();
+    bed.move_to(&mut sandbox, 3);
+    let moved = bed.add(&sandbox);
+    assert!(moved.ok, "{moved:?}");
+    let pods = bed.ask("/pods").unwrap();
+    assert_eq!(pods[0]["ips"], serde_json::json!(["10.45.0.3"]), "{pods}");
+    assert!(echoes(&mut during), "an open connection does not see the change");
+    assert_eq!(bed.captured(&sandbox), Ok(true));
+
+    bed.label(false);
+    bed.until_state(&sandbox, "outside");
+    assert_eq!(bed.captured(&sandbox), Ok(false));
+    assert!(echoes(&mut sandbox.dial(to).unwrap()));
+    drop(outside);
+}
+
+#[test]
+fn what_cannot_be_found_is_told_and_tried_again() {
+    let mut bed = Bed::new();
+    let sandbox = bed.sandbox("a", 2);
+    bed.pod(&sandbox, true);
+    bed.control();
+    bed.agent();
+    let why = bed.until_state(&sandbox, "failed");
+    assert!(why.starts_with("NETNS_UNKNOWN: "), "{why}");
+    let told = |expected: bool| {
+        until("the control plane to be told", || {
+            let status = control_status(&bed)?;
+            let nacks = status["proxies"][0]["nacks"].as_array().cloned().unwrap_or_default();
+            let mine = nacks.iter().any(|nack| nack.to_string().contains("NETNS_UNKNOWN"));
+            if mine == expected { Ok(()) } else { Err(status.to_string()) }
+        });
+    };
+    told(true);
+    fs::write(bed.at("results").join("net-c-eth0"), sandbox.cached()).unwrap();
+    bed.until_state(&sandbox, "enrolled");
+    assert_eq!(bed.captured(&sandbox), Ok(true));
+    told(false);
+}
+
+fn control_status(bed: &Bed) -> Result<Value, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (socket, deadline) = (bed.at("control.sock"), Duration::from_secs(5));
+    let asked = mesh_net::admin::call(&socket, mesh_net::admin::Method::GET, "/status", "", deadline);
+    let (_, body) = runtime.block_on(asked).map_err(|error| error.to_string())?;
+    serde_json::from_slice(&body).map_err(|error| error.to_string())
+}
+
+#[test]
+fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
+    let mut bed = Bed::new();
+    let sandbox = bed.sandbox("a", 2);
+    let _outside = bed.serve(None, 8081);
+    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
+    bed.pod(&sandbox, false);
+    bed.control();
+    bed.agent();
+    assert!(bed.add(&sandbox).ok);
+    bed.pod(&sandbox, true);
+    fs::write(bed.at("results").join("net-c-eth0"), sandbox.cached()).unwrap();
+    until("the pod to be served", || {
+        let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
+        if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
+    });
+    bed.kill("mesh-node");
+    assert!(sandbox.dial(to).is_err(), "without its agent it reaches nothing");
+    let refused = bed.add(&bed.sandbox_like(&sandbox, "b"));
+    assert!(refused.error().1.contains("AGENT_UNAVAILABLE"), "{refused:?}");
+
+    // What the agent kept is gone, the control plane is away: it knows nothing, and releases nothing.
+    bed.kill("mesh-control");
+    for file in ["pods.json", "sandboxes.json"] {
+        fs::remove_file(bed.at("state").join(file)).unwrap();
+    }
+    bed.agent();
+    until("the agent to answer", || bed.ask("/kernel").map(drop).ok_or_else(|| "no answer".to_owned()));
+    assert!(sandbox.dial(to).is_err(), "an agent that knows nothing let it out");
+    bed.control();
+    bed.until_state(&sandbox, "enrolled");
+    until("the pod to be served again", || {
+        let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
+        if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
+    });
+    // Its end is noticed also without a call of the plugin.
+    bed.remove(&sandbox);
+    until("the pod to be gone", || match bed.captured(&sandbox)? {
+        true => Err("still captured".to_owned()),
+        false => Ok(()),
+    });
+}
+
+#[test]
+fn the_plugin_comes_and_goes_with_the_mesh() {
+    let mut bed = Bed::new();
+    let sandbox = bed.sandbox("a", 2);
+    bed.pod(&sandbox, false);
+    bed.control();
+    bed.agent();
+    until("the agent to miss the primary", || {
+        let (socket, deadline) = (bed.at("agent.sock"), Duration::from_secs(5));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let asked =
+            mesh_net::admin::call(&socket, mesh_net::admin::Method::GET, "/healthz/ready", "", deadline);
+        let (status, body) = runtime.block_on(asked).map_err(|error| error.to_string())?;
+        let said = String::from_utf8_lossy(&body).into_owned();
+        if status == 503 && said.contains("cni: no network configuration") { Ok(()) } else { Err(said) }
+    });
+    primary(&bed);
+    bed.until_ready();
+    let ours = bed.at("conf").join("00-undermesh.conflist");
+    let conf: Value = serde_json::from_slice(&fs::read(&ours).unwrap()).unwrap();
+    assert_eq!(
+        (&conf["plugins"][0]["type"], &conf["plugins"][1]["type"]),
+        (&"bridge".into(), &"undermesh-cni".into())
+    );
+    fs::remove_file(&ours).unwrap();
+    until("our configuration to be back", || if ours.exists() { Ok(()) } else { Err(String::new()) });
+
+    assert!(bed.add(&sandbox).ok);
+    assert_eq!(bed.captured(&sandbox), Ok(true));
+    let released = bed.release();
+    assert!(released.status.success(), "{released:?}");
+    assert_eq!(bed.captured(&sandbox), Ok(false));
+    assert!(!ours.exists() && !bed.at("bin").join("undermesh-cni").exists());
+    // Whoever still calls the plugin is let through.
+    assert!(bed.add(&sandbox).ok);
+    assert_eq!(bed.captured(&sandbox), Ok(false));
+
+    bed.kill("mesh-node");
+    let cleaned = bed.clean();
+    assert!(cleaned.status.success(), "{cleaned:?}");
+    assert!(!bed.at("state").exists(), "{:?}", fs::read_dir(bed.at("state")).map(Iterator::count));
+    let left = fs::read_dir(bed.bpffs()).unwrap().count();
+    assert_eq!(left, 0, "pins are left");
+}
