@@ -11,7 +11,7 @@ use mesh_net::{
 use serde_json::json;
 
 use crate::{
-    credentials::Credentials,
+    credentials::Callers,
     pipeline::Pipeline,
     publish::Published,
     serve::proxies::Proxies,
@@ -24,7 +24,7 @@ pub struct Admin {
     /// Read again for each status.
     pub pipeline: Arc<Pipeline>,
     /// Whose faults are shown.
-    pub credentials: Arc<Credentials>,
+    pub credentials: Arc<Callers>,
     /// What each proxy has.
     pub proxies: Arc<Proxies>,
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use mesh_net::{
-    admin::{self, AdminError},
+    admin::{self, AdminError, Public},
     drain::{Drain, Draining},
     grpc::{self, GrpcError, GrpcTls},
     task::TaskGroup,
@@ -21,16 +21,22 @@ use crate::{
     ca::{
         Authority,
         root::{Root, RootError},
+        secret::SecretError,
     },
     config::Settings,
-    credentials::Credentials,
+    config::SourceKind,
+    credentials::Callers,
     pipeline::Pipeline,
     serve::{Certificates, Discovery, Server, proxies::Proxies},
-    source::file,
 };
 
-/// Name under which proxies know the control plane.
-pub const SERVER_NAME: &str = "undermesh-control.undermesh-system.svc";
+mod folder;
+mod kubernetes;
+
+/// Name of the Service under which proxies know the control plane.
+const SERVICE: &str = "undermesh-control";
+/// Namespace of that Service where nothing else is said.
+const NAMESPACE: &str = "undermesh-system";
 /// Editors and tools write a file in several steps; the last of a burst within this time is what is read.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 /// The directory is read again at least this often: kernel watches can overflow.
@@ -63,6 +69,12 @@ pub enum AppError {
     /// The directory cannot be watched.
     #[error("cannot watch the source directory")]
     Watch(#[from] notify::Error),
+    /// No way to the API server.
+    #[error("cannot reach the API server: {0}")]
+    Client(String),
+    /// The root on Kubernetes cannot be used.
+    #[error("certificate authority")]
+    Secret(#[from] SecretError),
 }
 
 /// A control plane that listens.
@@ -81,22 +93,14 @@ impl App {
     /// # Errors
     /// Anything that makes serving impossible.
     pub async fn start(settings: &Settings, drain: &Drain, tasks: &TaskGroup) -> Result<Self, AppError> {
-        for dir in [&settings.source_dir, &settings.ca_dir, &settings.credentials] {
-            if !dir.is_dir() {
-                return Err(AppError::NoDirectory(dir.clone()));
-            }
-        }
         let now = SystemTime::now();
-        let authority =
-            Arc::new(Authority::new(Root::open(&settings.ca_dir, now)?, settings.max_certificate_ttl));
-        let credentials = Arc::new(Credentials::new(settings.credentials.clone()));
-        let pipeline = Arc::new(Pipeline::new(settings.source_dir.clone(), settings.mesh()));
-
-        // Watched before the first reading, so that no edit falls between them.
-        let changed = Arc::new(Notify::new());
-        let watcher = file::watch(&settings.source_dir, changed.clone())?;
-        pipeline.rescan();
-        tasks.spawn(follow(pipeline.clone(), changed, watcher, drain.watch()));
+        let parts = match settings.source {
+            Some(SourceKind::Kubernetes) => kubernetes::open(settings, drain, tasks, now).await?,
+            None => folder::open(settings, drain, tasks, now)?,
+        };
+        let Parts { pipeline, callers, root, cluster } = parts;
+        let authority = Arc::new(Authority::new(root, settings.max_certificate_ttl));
+        let credentials = Arc::new(callers);
 
         let proxies = Arc::new(Proxies::default());
         let listener = bind(settings.listen).await?;
@@ -124,9 +128,19 @@ impl App {
             }
         });
 
+        if let Some(cluster) = cluster {
+            cluster.lead(&pipeline, &proxies, authority.root().pem(), drain, tasks);
+        }
         let handler = Arc::new(Admin { pipeline: pipeline.clone(), credentials, proxies: proxies.clone() });
         let socket = admin::bind(&settings.admin)?;
-        tasks.spawn(admin::serve(socket, drain.watch(), tasks.clone(), handler));
+        tasks.spawn(admin::serve(socket, drain.watch(), tasks.clone(), handler.clone()));
+        let public = [(settings.ready_listen, Public::Ready), (settings.metrics_listen, Public::Metrics)];
+        for (at, what) in public {
+            if let Some(at) = at {
+                let listener = admin::bind_tcp(at)?;
+                tasks.spawn(admin::serve_tcp(listener, what, drain.watch(), tasks.clone(), handler.clone()));
+            }
+        }
         Ok(Self { addr, pipeline, proxies })
     }
 }
@@ -141,8 +155,9 @@ fn serving_tls(
     addr: SocketAddr,
     now: SystemTime,
 ) -> Result<GrpcTls, AppError> {
-    let mut names =
-        vec![SERVER_NAME.to_owned(), format!("{SERVER_NAME}.cluster.local"), "localhost".to_owned()];
+    let namespace = settings.pod_namespace.as_deref().unwrap_or(NAMESPACE);
+    let server = format!("{SERVICE}.{namespace}.svc");
+    let mut names = vec![format!("{server}.cluster.local"), server, "localhost".to_owned()];
     let mut addresses = vec![addr.ip(), IpAddr::from([127, 0, 0, 1]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])];
     for name in &settings.serving_names {
         match name.parse() {
@@ -157,7 +172,15 @@ fn serving_tls(
     Ok(GrpcTls::new(chain, key)?)
 }
 
-/// Reads the directory again whenever it changed.
+/// What serving needs of the source.
+struct Parts {
+    pipeline: Arc<Pipeline>,
+    callers: Callers,
+    root: Root,
+    cluster: Option<kubernetes::Leading>,
+}
+
+/// Looks at the source whenever it changed, and at least every `RESCAN`.
 async fn follow<W>(pipeline: Arc<Pipeline>, changed: Arc<Notify>, watcher: W, draining: Draining) {
     loop {
         tokio::select! {
@@ -167,7 +190,7 @@ async fn follow<W>(pipeline: Arc<Pipeline>, changed: Arc<Notify>, watcher: W, dr
         }
         let pipeline = pipeline.clone();
         if tokio::task::spawn_blocking(move || pipeline.rescan()).await.is_err() {
-            tracing::error!("reading the source directory panicked; what is in force stays");
+            tracing::error!("looking at the source panicked; what is in force stays");
         }
     }
     drop(watcher);

@@ -12,6 +12,7 @@ use crate::{compile::World, credentials::Principal};
 
 pub mod authorize;
 pub mod root;
+pub mod secret;
 pub mod sign;
 
 use authorize::Refused;
@@ -73,7 +74,10 @@ impl Authority {
         let asked = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
         let ttl = asked.map_or(self.max_ttl, Duration::from_secs).min(self.max_ttl);
         let leaf = sign::sign(&self.root, &request.csr, &identity, ttl, now)?;
-        Ok(IstioCertificateResponse { cert_chain: vec![leaf, self.root.pem().to_owned()] })
+        let mut cert_chain = vec![leaf];
+        cert_chain.extend(self.root.intermediates());
+        cert_chain.push(self.root.pem().to_owned());
+        Ok(IstioCertificateResponse { cert_chain })
     }
 
     fn take(&self, caller: &Principal, now: Instant) -> Result<(), CaError> {

@@ -51,6 +51,8 @@ pub struct World {
     pub local: BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<LocalPod>>>,
     /// Nodes that are listed.
     pub nodes: BTreeSet<Arc<str>>,
+    /// Nodes that wait for their agent.
+    pub waiting: BTreeSet<Arc<str>>,
     /// Problems of objects by themselves and with each other.
     pub problems: Vec<Problem>,
     /// The objects that a user watches, with the resources that carry them.
@@ -118,6 +120,12 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
         pods: index.pods.iter().map(|(key, pod)| (key.clone(), index.fact(key, pod))).collect(),
         local: local::pods(&index),
         nodes: index.nodes.keys().cloned().collect(),
+        waiting: index
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.waits_for_agent)
+            .map(|(n, _)| n.clone())
+            .collect(),
         workloads,
         services,
         policies: policies.all,

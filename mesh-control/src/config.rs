@@ -1,38 +1,61 @@
 //! Flags of `mesh-control`, each also by environment.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use mesh_core::limits::CERTIFICATE_TTL;
 use mesh_net::telemetry::LogFormat;
 
 use crate::translate::Mesh;
 
-/// The control plane of Undermesh: configuration, certificates and status from a directory of Kubernetes YAML.
+/// Where objects come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SourceKind {
+    /// The API server of the cluster that this runs in, or of KUBECONFIG.
+    Kubernetes,
+}
+
+/// The control plane of Undermesh: configuration, certificates and status from the Kubernetes API or from a directory
+/// of Kubernetes YAML.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "mesh-control", version)]
 pub struct Settings {
+    /// Where objects come from, instead of a directory.
+    #[arg(long, env = "UNDERMESH_SOURCE", conflicts_with_all = ["source_dir", "ca_dir", "credentials"])]
+    pub source: Option<SourceKind>,
     /// Directory of YAML (or JSON) that says what the mesh is; watched.
-    #[arg(long, env = "UNDERMESH_SOURCE_DIR")]
-    pub source_dir: PathBuf,
+    #[arg(long, env = "UNDERMESH_SOURCE_DIR", required_unless_present = "source")]
+    pub source_dir: Option<PathBuf>,
     /// Where discovery and certificates are served.
     #[arg(long, env = "UNDERMESH_LISTEN", default_value = "0.0.0.0:15012")]
     pub listen: SocketAddr,
     /// Directory of the root key and certificate; made when neither is there.
-    #[arg(long, env = "UNDERMESH_CA_DIR")]
-    pub ca_dir: PathBuf,
+    #[arg(long, env = "UNDERMESH_CA_DIR", required_unless_present = "source")]
+    pub ca_dir: Option<PathBuf>,
     /// Directory of the callers' tokens: one file of mode 0600 per caller, `node-<node>` or `pod-<namespace>.<pod>`.
-    #[arg(long, env = "UNDERMESH_CREDENTIALS")]
-    pub credentials: PathBuf,
+    #[arg(long, env = "UNDERMESH_CREDENTIALS", required_unless_present = "source")]
+    pub credentials: Option<PathBuf>,
+    /// Name of this pod, on Kubernetes.
+    #[arg(long, env = "POD_NAME", required_if_eq("source", "kubernetes"))]
+    pub pod_name: Option<String>,
+    /// Namespace of this pod, on Kubernetes: where the mesh is installed.
+    #[arg(long, env = "POD_NAMESPACE", required_if_eq("source", "kubernetes"))]
+    pub pod_namespace: Option<String>,
+    /// Where `GET /healthz/ready` is answered over TCP.
+    #[arg(long, env = "UNDERMESH_READY_LISTEN")]
+    pub ready_listen: Option<SocketAddr>,
+    /// Where `GET /metrics` is answered over TCP.
+    #[arg(long, env = "UNDERMESH_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Unix socket of the local endpoint.
     #[arg(long, env = "UNDERMESH_ADMIN")]
     pub admin: PathBuf,
     /// Trust domain of every identity.
     #[arg(long, env = "UNDERMESH_TRUST_DOMAIN", default_value = "cluster.local", value_parser = trust_domain)]
     pub trust_domain: String,
-    /// Namespace whose policies hold for the whole mesh.
-    #[arg(long, env = "UNDERMESH_ROOT_NAMESPACE", default_value = "undermesh-system")]
-    pub root_namespace: String,
+    /// Namespace whose policies hold for the whole mesh; by default that of the installation, or undermesh-system.
+    #[arg(long, env = "UNDERMESH_ROOT_NAMESPACE")]
+    pub root_namespace: Option<String>,
     /// Name of the cluster.
     #[arg(long, env = "UNDERMESH_CLUSTER_ID", default_value = "Kubernetes")]
     pub cluster_id: String,
@@ -48,6 +71,17 @@ pub struct Settings {
     /// What is logged: a level, or a level per target.
     #[arg(long, env = "UNDERMESH_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
+}
+
+/// `mesh-control ask`: prints the answer of the local endpoint.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "mesh-control ask")]
+pub struct Ask {
+    /// Path that is asked for, such as /status.
+    pub path: String,
+    /// Unix socket of the local endpoint.
+    #[arg(long, env = "UNDERMESH_ADMIN")]
+    pub admin: PathBuf,
 }
 
 /// Workloads must not live longer on one certificate than a day (`reliability.md` R9).
@@ -71,11 +105,23 @@ fn trust_domain(text: &str) -> Result<String, String> {
 impl Settings {
     /// What is the same for the whole mesh.
     pub fn mesh(&self) -> Mesh {
+        let fallback = Mesh::default();
+        // A directory is no installation: nothing in it is ours.
+        let install_namespace: Arc<str> = match &self.pod_namespace {
+            Some(namespace) if self.source.is_some() => namespace.as_str().into(),
+            _ => "".into(),
+        };
+        let root_namespace = match &self.root_namespace {
+            Some(namespace) => namespace.as_str().into(),
+            None if !install_namespace.is_empty() => install_namespace.clone(),
+            None => fallback.root_namespace.clone(),
+        };
         Mesh {
             trust_domain: self.trust_domain.as_str().into(),
-            root_namespace: self.root_namespace.as_str().into(),
+            root_namespace,
+            install_namespace,
             cluster: self.cluster_id.as_str().into(),
-            ..Mesh::default()
+            ..fallback
         }
     }
 }
@@ -91,10 +137,26 @@ mod tests {
     }
 
     #[test]
+    fn kubernetes_takes_the_place_of_the_directories() {
+        let parse = |args: &[&str]| {
+            let base = ["mesh-control", "--admin", "a", "--source", "kubernetes"];
+            Settings::try_parse_from(base.iter().chain(args)).map(|settings| settings.mesh())
+        };
+        let pod = ["--pod-name", "p", "--pod-namespace", "mesh"];
+        let mesh = parse(&pod).unwrap();
+        assert_eq!((&*mesh.root_namespace, &*mesh.install_namespace), ("mesh", "mesh"));
+        let mesh = parse(&[&pod[..], &["--root-namespace", "root"]].concat()).unwrap();
+        assert_eq!((&*mesh.root_namespace, &*mesh.install_namespace), ("root", "mesh"));
+        assert!(parse(&pod[..2]).is_err());
+        assert!(parse(&[&pod[..], &["--source-dir", "d"]].concat()).is_err());
+        assert!(Settings::try_parse_from(["mesh-control", "--admin", "a"]).is_err());
+    }
+
+    #[test]
     fn flags_are_checked_once() {
         let settings = parsed(&[]).unwrap();
         assert_eq!(settings.max_certificate_ttl, CERTIFICATE_TTL);
-        assert_eq!(settings.mesh(), Mesh::default());
+        assert_eq!(settings.mesh(), Mesh { install_namespace: "".into(), ..Mesh::default() });
         assert_eq!(parsed(&["--max-certificate-ttl", "30s"]).unwrap().max_certificate_ttl.as_secs(), 30);
         for bad in [
             ["--max-certificate-ttl", "25h"],

@@ -1,4 +1,4 @@
-//! Who calls: bearer tokens, one file per caller, of mode 0600 (local mode mints them).
+//! Who calls: bearer tokens; of files, one per caller, of mode 0600 (local mode mints them), or of Kubernetes.
 
 use std::{
     fmt, fs, io,
@@ -23,6 +23,46 @@ const MIN_AGE: Duration = Duration::from_millis(50);
 /// Most files that are read.
 const MAX_FILES: usize = 10_000;
 
+pub mod review;
+
+use review::Reviews;
+
+/// Where callers are known from.
+pub enum Callers {
+    /// A directory of tokens.
+    Files(Credentials),
+    /// The API server.
+    Reviewed(Reviews),
+}
+
+impl Callers {
+    /// Who has this token.
+    ///
+    /// # Errors
+    /// Nobody, there is none, or it cannot be found out.
+    pub async fn authenticate(
+        &self,
+        token: Option<&str>,
+        now: Instant,
+    ) -> Result<Principal, Unauthenticated> {
+        match self {
+            Self::Files(files) => files.authenticate(token, now),
+            Self::Reviewed(reviews) => {
+                let token = token.map(str::trim).filter(|token| !token.is_empty());
+                reviews.authenticate(token.ok_or(Unauthenticated::Missing)?, now).await
+            }
+        }
+    }
+
+    /// What is wrong with the tokens that are kept.
+    pub fn faults(&self, now: Instant) -> Vec<String> {
+        match self {
+            Self::Files(files) => files.faults(now),
+            Self::Reviewed(_) => Vec::new(),
+        }
+    }
+}
+
 /// A caller that proved itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Principal {
@@ -46,6 +86,15 @@ impl Principal {
         let (namespace, name) = name.strip_prefix("pod-")?.split_once('.')?;
         let complete = !namespace.is_empty() && !name.is_empty();
         complete.then(|| Self::Pod { namespace: namespace.into(), name: name.into() })
+    }
+
+    /// Reads what `Display` writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        if let Some(node) = text.strip_prefix("node:").filter(|node| !node.is_empty()) {
+            return Some(Self::Node(node.into()));
+        }
+        let (namespace, name) = text.strip_prefix("pod:")?.split_once('/')?;
+        Some(Self::Pod { namespace: namespace.into(), name: name.into() })
     }
 }
 
@@ -73,6 +122,12 @@ pub enum Unauthenticated {
     /// Nobody has this token.
     #[error("unknown token")]
     Unknown,
+    /// The token is good, and no live pod of that name, UID and node is known.
+    #[error("the token's pod is not known, has ended, or is of another node")]
+    NoPod,
+    /// It cannot be found out now.
+    #[error("tokens cannot be reviewed: {0}")]
+    Unavailable(String),
 }
 
 /// The tokens in a directory.

@@ -10,11 +10,13 @@ pub mod ca;
 pub mod compile;
 pub mod config;
 pub mod credentials;
+pub mod leader;
 pub mod pipeline;
 pub mod publish;
 pub mod serve;
 pub mod source;
 pub mod status;
 pub mod translate;
+pub mod write;
 
 pub use pipeline::analyze;

@@ -5,18 +5,37 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
-use mesh_control::{app::App, config::Settings};
-use mesh_net::{drain, task::TaskGroup, telemetry::init_tracing};
+use mesh_control::{
+    app::App,
+    config::{Ask, Settings},
+};
+use mesh_net::{admin, drain, task::TaskGroup, telemetry::init_tracing};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Calls that are being answered when the end is asked for.
 const LAST_ANSWERS: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    if args.nth(1).is_some_and(|word| word == "ask") {
+        return ask(&Ask::parse_from(std::iter::once("mesh-control ask".into()).chain(args)));
+    }
     match run(&Settings::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mesh-control: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn ask(ask: &Ask) -> ExitCode {
+    match admin::ask(&ask.admin, &ask.path).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("mesh-control: {:#}", anyhow::Error::new(error));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
-//! Directory → objects → fragments → World → published: the one writer of what is published.
+//! Source → objects → fragments → World → published: the one writer of what is published.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -9,34 +9,33 @@ use crate::{
     compile::{Fragments, World, compile},
     publish::Published,
     source::{
-        Objects, Problem,
+        Objects, Problem, Source,
         document::line_in,
-        file::{self, Folder, Text},
+        file::{Folder, Text},
     },
     translate::{Mesh, translate},
 };
 
-/// Everything between the directory and the proxies.
+/// Everything between the source and the proxies.
 pub struct Pipeline {
-    dir: PathBuf,
     mesh: Mesh,
     state: Mutex<State>,
     published: watch::Sender<Arc<Published>>,
 }
 
-#[derive(Default)]
 struct State {
-    folder: Folder,
+    source: Box<dyn Source>,
     /// Translations by object, each with the digest of what it was made from: an object that did not change is not
     /// translated again.
     fragments: BTreeMap<crate::source::ObjectKey, (u64, Arc<crate::translate::Translated>)>,
 }
 
 impl Pipeline {
-    /// A pipeline from `dir`; nothing is read yet.
-    pub fn new(dir: PathBuf, mesh: Mesh) -> Self {
+    /// A pipeline from `source`; nothing is read yet.
+    pub fn new(source: Box<dyn Source>, mesh: Mesh) -> Self {
         let (published, _) = watch::channel(Arc::new(Published::default()));
-        Self { dir, mesh, state: Mutex::new(State::default()), published }
+        let state = State { source, fragments: BTreeMap::new() };
+        Self { mesh, state: Mutex::new(state), published }
     }
 
     /// What is published, now and from now on.
@@ -49,20 +48,16 @@ impl Pipeline {
         &self.mesh
     }
 
-    /// Reads the directory and publishes what it says now; says whether anything changed. Blocks on files.
+    /// Looks at the source and publishes what it says now; says whether anything changed. May block on files.
     pub fn rescan(&self) -> bool {
         let mut state = self.state.lock();
-        let changed = match file::read(&self.dir) {
-            Ok(texts) => state.folder.take(texts),
-            Err(error) => state.folder.failed(format!("{}: {error}", self.dir.display())),
-        };
-        if !changed && self.published.borrow().revision > 0 {
+        if !state.source.refresh() {
             return false;
         }
-        let (objects, read_problems) = state.folder.objects();
+        let (objects, read_problems) = state.source.objects();
         state.translate(&objects, &self.mesh);
         let fragments = state.fragments.iter().map(|(key, (_, made))| (key.clone(), made.clone())).collect();
-        let world = finish(&fragments, &self.mesh, read_problems, &|file| state.folder.text(file));
+        let world = finish(&fragments, &self.mesh, read_problems, &|file| state.source.text(file));
         let next = Arc::new(self.published.borrow().next(world));
         let revision = next.revision;
         let problems = next.world.problems.len();
@@ -118,7 +113,7 @@ pub fn analyze(files: &BTreeMap<String, String>, mesh: &Mesh) -> Vec<Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Severity;
+    use crate::source::{Severity, file::Directory};
 
     const ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata:\n  name: r\nspec:\n  parentRefs:\n  - group: ''\n    kind: Service\n    name: nowhere\n";
 
@@ -137,7 +132,7 @@ mod tests {
         let path = dir.path().join("a.yaml");
         let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: []}\nstatus: {phase: Running, podIP: 10.0.0.1}\n";
         std::fs::write(&path, pod).unwrap();
-        let pipeline = Pipeline::new(dir.path().to_owned(), Mesh::default());
+        let pipeline = Pipeline::new(Box::new(Directory::new(dir.path().to_owned())), Mesh::default());
         assert!(pipeline.rescan());
         let now = pipeline.subscribe();
         assert_eq!((now.borrow().revision, now.borrow().world.workloads.len()), (1, 1));

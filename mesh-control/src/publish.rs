@@ -29,10 +29,12 @@ pub struct Resource {
 pub type ResourceSet = BTreeMap<Arc<str>, Arc<Resource>>;
 
 /// What is published now.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Published {
     /// Grows by one with every change of a resource.
     pub revision: u64,
+    /// Digest of everything that is published: the same in replicas that publish the same.
+    pub digest: Arc<str>,
     /// What it was made of.
     pub world: Arc<World>,
     sets: BTreeMap<&'static str, ResourceSet>,
@@ -78,8 +80,10 @@ impl Published {
         }
         let options = || mesh::MeshOptions::from(&world.options).encode_to_vec();
         put(TYPE_MESH_OPTIONS, mesh::NAME.to_owned(), version(&world.options), &options);
-        let revision = if sets == self.sets { self.revision } else { self.revision + 1 };
-        Self { revision, world: Arc::new(world), sets }
+        let same = sets == self.sets;
+        let revision = if same { self.revision } else { self.revision + 1 };
+        let digest = if same { self.digest.clone() } else { digest_of(&sets) };
+        Self { revision, digest, world: Arc::new(world), sets }
     }
 
     /// All resources of one type.
@@ -115,6 +119,18 @@ impl Published {
     pub fn type_of(type_url: &str) -> Option<&'static str> {
         TYPES.into_iter().find(|known| *known == type_url)
     }
+}
+
+impl Default for Published {
+    fn default() -> Self {
+        Self { revision: 0, digest: "".into(), world: Arc::default(), sets: BTreeMap::new() }
+    }
+}
+
+fn digest_of(sets: &BTreeMap<&'static str, ResourceSet>) -> Arc<str> {
+    let resources = sets.iter().flat_map(|(type_url, set)| set.values().map(move |one| (type_url, one)));
+    let names: Vec<_> = resources.map(|(type_url, one)| (type_url, &one.name, &one.version)).collect();
+    version(&names)
 }
 
 /// Digest of the model, whose order is fixed, not of the encoding, whose maps have none.

@@ -23,11 +23,12 @@ use tonic_prost::ProstCodec;
 
 use crate::{
     ca::{Authority, CaError},
-    credentials::{Credentials, Principal},
+    credentials::{Callers, Principal, Unauthenticated},
     publish::Published,
 };
 
 pub mod proxies;
+pub mod replicas;
 mod stream;
 
 use proxies::Proxies;
@@ -40,7 +41,7 @@ pub struct Server {
     /// What is published.
     pub published: watch::Receiver<Arc<Published>>,
     /// Who may call.
-    pub credentials: Arc<Credentials>,
+    pub credentials: Arc<Callers>,
     /// Signs certificates.
     pub authority: Arc<Authority>,
     /// Trust domain of every identity.
@@ -52,32 +53,46 @@ pub struct Server {
 }
 
 impl Server {
-    fn caller(&self, metadata: &MetadataMap) -> Result<Principal, Status> {
-        let header = metadata.get("authorization").and_then(|value| value.to_str().ok());
-        let token = header.and_then(|header| header.strip_prefix("Bearer "));
-        self.credentials.authenticate(token, Instant::now()).map_err(|error| {
+    async fn caller(&self, token: Option<&str>) -> Result<Principal, Status> {
+        self.credentials.authenticate(token, Instant::now()).await.map_err(|error| {
             self.proxies.count_refused();
             tracing::debug!(%error, "caller refused");
-            // Opaque: who is refused learns nothing about why.
-            Status::unauthenticated("authentication failed")
+            match error {
+                Unauthenticated::Unavailable(reason) => {
+                    tracing::warn!(reason, "tokens cannot be reviewed");
+                    Status::unavailable("tokens cannot be reviewed now")
+                }
+                // Opaque: who is refused learns nothing about why.
+                _ => Status::unauthenticated("authentication failed"),
+            }
         })
     }
 
-    fn open(
-        self: &Arc<Self>,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<ReceiverStream<Result<DeltaDiscoveryResponse, Status>>>, Status> {
-        let caller = self.caller(request.metadata())?;
-        let peer = request.extensions().get::<PeerInfo>().map(|peer| peer.addr);
-        tracing::info!(proxy = %caller, ?peer, "feed opened");
-        Ok(Response::new(stream::open(self, caller, request.into_inner())))
+    /// Whether the caller of an open feed may go on; one that cannot be asked about may.
+    async fn still(&self, token: &str, caller: &Principal) -> bool {
+        match self.credentials.authenticate(Some(token), Instant::now()).await {
+            Ok(now) => now == *caller,
+            Err(Unauthenticated::Unavailable(_)) => true,
+            Err(_) => false,
+        }
     }
 
-    fn create(
+    async fn open(
+        self: Arc<Self>,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<ReceiverStream<Result<DeltaDiscoveryResponse, Status>>>, Status> {
+        let token = bearer(request.metadata()).unwrap_or_default().to_owned();
+        let caller = self.caller(Some(&token)).await?;
+        let peer = request.extensions().get::<PeerInfo>().map(|peer| peer.addr);
+        tracing::info!(proxy = %caller, ?peer, "feed opened");
+        Ok(Response::new(stream::open(&self, caller, token, request.into_inner())))
+    }
+
+    async fn create(
         &self,
         request: &Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let caller = self.caller(request.metadata())?;
+        let caller = self.caller(bearer(request.metadata())).await?;
         let world = self.published.borrow().world.clone();
         let now = (SystemTime::now(), Instant::now());
         match self.authority.create(&world, &self.trust_domain, &caller, request.get_ref(), now) {
@@ -98,6 +113,10 @@ impl Server {
             }
         }
     }
+}
+
+fn bearer(metadata: &MetadataMap) -> Option<&str> {
+    metadata.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
 /// The discovery service.
@@ -123,7 +142,7 @@ impl StreamingService<DeltaDiscoveryRequest> for Discovery {
 
     fn call(&mut self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Self::Future {
         let server = self.0.clone();
-        Box::pin(async move { server.open(request) })
+        Box::pin(async move { server.open(request).await })
     }
 }
 
@@ -133,7 +152,7 @@ impl UnaryService<IstioCertificateRequest> for Certificates {
 
     fn call(&mut self, request: Request<IstioCertificateRequest>) -> Self::Future {
         let server = self.0.clone();
-        Box::pin(async move { server.create(&request) })
+        Box::pin(async move { server.create(&request).await })
     }
 }
 

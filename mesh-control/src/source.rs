@@ -13,9 +13,11 @@ use k8s_openapi::{
 };
 use serde::Serialize;
 
+pub mod cluster;
 pub mod document;
 pub mod file;
 pub mod kinds;
+pub mod kubernetes;
 
 pub use document::{Parsed, parse};
 
@@ -91,6 +93,36 @@ impl Kind {
         let (group, _) = api_version.split_once('/')?;
         let of = Self::TABLE.iter().find(|(_, g, _, k)| *g == group && *k == kind).map(|(this, ..)| *this);
         of.filter(|this| this.secures() && Self::of(api_version, kind).is_none())
+    }
+
+    /// The API group; empty for core.
+    pub fn group(self) -> &'static str {
+        Self::TABLE.iter().find(|(this, ..)| *this == self).map_or("", |(_, group, ..)| group)
+    }
+
+    /// The versions that are read, the preferred one first.
+    pub fn versions(self) -> &'static [&'static str] {
+        Self::TABLE.iter().find(|(this, ..)| *this == self).map_or(&[], |(_, _, versions, _)| versions)
+    }
+
+    /// The name in the API's paths.
+    pub fn plural(self) -> &'static str {
+        match self {
+            Self::Namespace => "namespaces",
+            Self::Node => "nodes",
+            Self::Pod => "pods",
+            Self::Service => "services",
+            Self::EndpointSlice => "endpointslices",
+            Self::ServiceAccount => "serviceaccounts",
+            Self::ConfigMap => "configmaps",
+            Self::GatewayClass => "gatewayclasses",
+            Self::Gateway => "gateways",
+            Self::HttpRoute => "httproutes",
+            Self::GrpcRoute => "grpcroutes",
+            Self::ReferenceGrant => "referencegrants",
+            Self::AuthorizationPolicy => "authorizationpolicies",
+            Self::PeerAuthentication => "peerauthentications",
+        }
     }
 
     /// The name in YAML.
@@ -266,7 +298,10 @@ impl fmt::Display for Problem {
             Severity::Warning => "warning",
             Severity::Error => "error",
         };
-        write!(f, "{}:{}: {severity}: ", self.file, self.line)?;
+        if !self.file.is_empty() {
+            write!(f, "{}:{}: ", self.file, self.line)?;
+        }
+        write!(f, "{severity}: ")?;
         for part in [&self.object, &self.field] {
             if !part.is_empty() {
                 write!(f, "{part}: ")?;
@@ -278,6 +313,18 @@ impl fmt::Display for Problem {
 
 /// The objects of the source, by key.
 pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
+
+/// Where objects come from.
+pub trait Source: Send {
+    /// Looks at what there is now; says whether anything changed since the last time. May block on files.
+    fn refresh(&mut self) -> bool;
+
+    /// The objects and the problems of reading them.
+    fn objects(&self) -> (Objects, Vec<Problem>);
+
+    /// The text of a file, where there are files.
+    fn text(&self, file: &str) -> Option<&str>;
+}
 
 #[cfg(test)]
 mod tests {

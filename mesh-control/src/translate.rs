@@ -132,7 +132,7 @@ pub fn translate(object: &Object, mesh: &Mesh) -> Translated {
     let mut report = Report::new(object);
     let fragment = match &object.value {
         Value::Namespace(_) => Fragment::Namespace(workload::namespace(object)),
-        Value::Node(_) => Fragment::Node(workload::node(object)),
+        Value::Node(node) => Fragment::Node(workload::node(object, node)),
         Value::Pod(pod) => Fragment::Pod(Box::new(workload::pod(object, pod, &mut report))),
         Value::Service(service) => match service::service(object, service, &mut report) {
             Some(facts) => Fragment::Service(Box::new(facts)),

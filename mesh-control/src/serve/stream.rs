@@ -26,6 +26,8 @@ use crate::{credentials::Principal, publish::Published};
 const SLOW: Duration = Duration::from_secs(30);
 /// Responses of one type that may wait for their answer: more changes are folded together until one comes.
 const UNANSWERED: usize = 16;
+/// A token that was withdrawn, or whose pod is gone, ends its feed within this time.
+const RECHECK: Duration = Duration::from_secs(30);
 /// A stream must ask for something within this time.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// Proxies ask for workloads before policies; the answer waits this long for the question after the policies, which
@@ -41,6 +43,7 @@ type Answer = Result<DeltaDiscoveryResponse, Status>;
 pub(super) fn open(
     server: &Arc<Server>,
     caller: Principal,
+    token: String,
     requests: Streaming<DeltaDiscoveryRequest>,
 ) -> ReceiverStream<Answer> {
     // One response waits here, the rest in the difference.
@@ -48,6 +51,9 @@ pub(super) fn open(
     let stream = Stream {
         id: server.proxies.connected(&caller),
         caller,
+        token,
+        server: server.clone(),
+        checked: Instant::now(),
         published: server.published.clone(),
         proxies: server.proxies.clone(),
         types: BTreeMap::new(),
@@ -62,6 +68,10 @@ pub(super) fn open(
 struct Stream {
     id: u64,
     caller: Principal,
+    token: String,
+    server: Arc<Server>,
+    /// When the token was last looked at.
+    checked: Instant,
     published: watch::Receiver<Arc<Published>>,
     proxies: Arc<Proxies>,
     types: BTreeMap<&'static str, Subscription>,
@@ -108,6 +118,12 @@ impl Stream {
 
     async fn serve(&mut self, requests: &mut Streaming<DeltaDiscoveryRequest>) -> Result<(), Status> {
         loop {
+            if self.checked.elapsed() >= RECHECK {
+                if !self.server.still(&self.token, &self.caller).await {
+                    return Err(Status::unauthenticated("the token is good no longer"));
+                }
+                self.checked = Instant::now();
+            }
             let pushed = self.push().await?;
             self.report(&pushed);
             let wake = self.wake_at();
@@ -139,7 +155,7 @@ impl Stream {
         } else if self.holds_back() {
             self.opened + POLICIES_FIRST
         } else {
-            self.opened + Duration::from_secs(365 * 24 * 3600)
+            self.checked + RECHECK
         }
     }
 

@@ -84,6 +84,14 @@ pub fn parse(path: &str, text: &str) -> Parsed {
     parsed
 }
 
+/// Reads one object that comes from no file.
+pub fn read(value: &Json) -> Parsed {
+    let mut parsed = Parsed::default();
+    let document = Document { file: &Arc::from(""), first_line: 0, text: "" };
+    document.open(value, "", &mut parsed);
+    parsed
+}
+
 /// The line of `field` of the object that begins on `object_line` of `text`; that line itself when it is not found.
 pub fn line_in(text: &str, object_line: usize, field: &str) -> usize {
     let document = split(text).into_iter().take_while(|(first, _)| *first <= object_line).last();

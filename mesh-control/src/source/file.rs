@@ -15,7 +15,7 @@ use notify::Watcher;
 use tokio::sync::Notify;
 
 use super::{
-    Object, Objects, Problem, Severity,
+    Object, Objects, Problem, Severity, Source,
     document::{MAX_FILE_BYTES, parse},
 };
 
@@ -136,6 +136,39 @@ impl FileState {
             }
         }
         self.text = Some(text);
+    }
+}
+
+/// A directory as the source.
+pub struct Directory {
+    path: PathBuf,
+    folder: Folder,
+    read: bool,
+}
+
+impl Directory {
+    /// The directory at `path`; nothing is read yet.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, folder: Folder::default(), read: false }
+    }
+}
+
+impl Source for Directory {
+    fn refresh(&mut self) -> bool {
+        let changed = match read(&self.path) {
+            Ok(texts) => self.folder.take(texts),
+            Err(error) => self.folder.failed(format!("{}: {error}", self.path.display())),
+        };
+        let first = !std::mem::replace(&mut self.read, true);
+        changed || first
+    }
+
+    fn objects(&self) -> (Objects, Vec<Problem>) {
+        self.folder.objects()
+    }
+
+    fn text(&self, file: &str) -> Option<&str> {
+        self.folder.text(file)
     }
 }
 

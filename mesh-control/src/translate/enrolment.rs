@@ -64,6 +64,12 @@ impl NotEnrolled {
         }
     }
 
+    /// Whether the reason of this word is one that [`refuses`](Self::refuses).
+    pub fn is_refusal(word: &str) -> bool {
+        let all = [Self::HostNetwork, Self::Sidecar, Self::InstallNamespace, Self::SystemNamespace];
+        all.iter().any(|reason| reason.refuses() && reason.word() == word)
+    }
+
     /// Whether somebody asked for what cannot be: worth an Event.
     pub fn refuses(self) -> bool {
         match self {

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
 use mesh_core::model::workload::Locality;
 
 use super::{Labels, Report, probe};
@@ -29,7 +29,12 @@ pub struct NamespaceFacts {
 pub struct NodeFacts {
     /// Where it is.
     pub locality: Locality,
+    /// Nothing may run there before the agent is in force.
+    pub waits_for_agent: bool,
 }
+
+/// Taint of a node whose agent is not in force yet.
+pub const AGENT_TAINT: &str = "undermesh.io/agent-not-ready";
 
 /// What a pod says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,9 +73,11 @@ pub fn namespace(object: &Object) -> NamespaceFacts {
 }
 
 /// Translates a Node.
-pub fn node(object: &Object) -> NodeFacts {
+pub fn node(object: &Object, node: &Node) -> NodeFacts {
     let label = |key: &str| Arc::from(object.label(key).unwrap_or_default());
+    let mut taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
     NodeFacts {
+        waits_for_agent: taints.any(|taint| taint.key == AGENT_TAINT),
         locality: Locality {
             region: label("topology.kubernetes.io/region"),
             zone: label("topology.kubernetes.io/zone"),
