@@ -89,7 +89,7 @@ fn policy() -> model::Policy {
 
 fn config() -> model::WaypointConfig {
     let service = mesh_core::id::ServiceKey::new("default", "web.default.svc.cluster.local");
-    let target = model::BackendTarget { service: service.clone(), port: 80, subject_alt_names: Vec::new() };
+    let target = model::BackendTarget { service: service.clone(), port: 80, http2: true, subject_alt_names: Vec::new() };
     let value = model::ValueMatch::Regex("a.*b".into());
     let matched = model::RequestMatch {
         path: model::PathMatch::Regex("/a(b|c)*".into()),
@@ -97,16 +97,43 @@ fn config() -> model::WaypointConfig {
         headers: vec![model::HeaderMatch { name: "end-user".into(), value }],
         query: Vec::new(),
     };
+    let edit = model::HeaderEdit {
+        remove: vec!["x-gone".into()],
+        set: vec![("x-set".into(), "1".into())],
+        add: vec![("x-more".into(), "2".into())],
+    };
+    let filters = model::Filters {
+        request: edit.clone(),
+        response: edit,
+        rewrite: Some(model::Rewrite {
+            hostname: Some("other".into()),
+            path: Some(model::PathEdit::Prefix("/b".into())),
+        }),
+        redirect: Some(model::Redirect {
+            scheme: Some("https".into()),
+            hostname: None,
+            path: Some(model::PathEdit::Full("/c".into())),
+            port: Some(8443),
+            status: 308,
+        }),
+    };
     let rule = model::RouteRule {
+        name: Some("first".into()),
+        filters: filters.clone(),
         matches: vec![matched],
         backends: vec![
-            model::Backend { weight: 90, target: Ok(target) },
-            model::Backend { weight: 10, target: Err("no such service".into()) },
+            model::Backend { weight: 90, filters, target: Ok(target) },
+            model::Backend {
+                weight: 10,
+                filters: model::Filters::default(),
+                target: Err("no such service".into()),
+            },
         ],
         request_timeout: Some(std::time::Duration::from_secs(1)),
         backend_timeout: None,
     };
     let route = model::Route {
+        kind: model::RouteKind::Grpc,
         namespace: "default".into(),
         name: "r".into(),
         created: 1,

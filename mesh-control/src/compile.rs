@@ -22,12 +22,15 @@ use crate::{
 
 mod binding;
 mod endpoints;
+mod gateways;
 mod index;
 mod local;
+pub mod outcome;
 mod policies;
 mod routes;
 
 use index::Index;
+use outcome::Outcomes;
 
 /// Every object, translated.
 pub type Fragments = BTreeMap<ObjectKey, Arc<Translated>>;
@@ -57,6 +60,8 @@ pub struct World {
     pub problems: Vec<Problem>,
     /// The objects that a user watches, with the resources that carry them.
     pub carried: BTreeMap<ObjectKey, Carried>,
+    /// What became of them.
+    pub outcomes: Outcomes,
 }
 
 /// `(namespace, name)` of a pod.
@@ -96,6 +101,7 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
         out.problems.extend(translated.problems.iter().cloned());
         if matters(&translated.fragment, &translated.key) {
             out.carried.entry(translated.key.clone()).or_default();
+            out.outcomes.generations.insert(translated.key.clone(), translated.generation);
         }
     }
     let bound = binding::services(&index, &mut out);
@@ -105,7 +111,8 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
     let workloads = endpoints::workload_resources(&index, &endpoints, &policies, &mut out);
     let services = endpoints::service_resources(&index, &bound, &mut out);
     let waypoints = routes::waypoints(&index, &bound, &services, &mut out);
-    let Output { mut problems, carried, .. } = out;
+    gateways::outcomes(&index, &services, &mut out);
+    let Output { mut problems, carried, outcomes, .. } = out;
     problems.sort();
     problems.dedup();
     World {
@@ -132,6 +139,7 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
         waypoints,
         problems,
         carried,
+        outcomes,
     }
 }
 
@@ -139,7 +147,14 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
 fn matters(fragment: &Fragment, key: &ObjectKey) -> bool {
     use crate::source::Kind;
     !matches!(fragment, Fragment::Namespace(_) | Fragment::Node(_) | Fragment::Pod(_) | Fragment::Slice(_))
-        && !matches!(key.kind, Kind::ServiceAccount | Kind::ConfigMap | Kind::Service | Kind::ReferenceGrant)
+        && !matches!(
+            key.kind,
+            Kind::ServiceAccount
+                | Kind::ConfigMap
+                | Kind::Service
+                | Kind::ReferenceGrant
+                | Kind::GatewayClass
+        )
 }
 
 /// What the steps of a compilation write besides their results.
@@ -151,6 +166,7 @@ struct Output {
     claims: BTreeMap<IpAddr, ObjectKey>,
     /// Services that their waypoint does not serve: a policy that nobody else would enforce denies them.
     closed: BTreeSet<index::Name>,
+    outcomes: Outcomes,
 }
 
 impl Output {

@@ -12,6 +12,7 @@ pub mod config;
 pub mod credentials;
 pub mod leader;
 pub mod pipeline;
+pub mod provision;
 pub mod publish;
 pub mod serve;
 pub mod source;

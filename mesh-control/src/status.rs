@@ -17,6 +17,9 @@ use crate::{
 };
 
 pub mod object;
+pub mod objects;
+
+pub use objects::objects;
 
 /// The answer of `/status`.
 #[derive(Clone, Debug, Serialize)]
@@ -141,7 +144,7 @@ pub fn status(published: &Published, known: &BTreeMap<Principal, Proxy>, rescann
         why,
         problems: published.world.problems.clone(),
         proxies,
-        objects: objects(published, known, &expected),
+        objects: flat(published, known, &expected),
     }
 }
 
@@ -166,7 +169,7 @@ fn current_nacks(published: &Published, proxy: &Proxy) -> Vec<NackStatus> {
         .collect()
 }
 
-fn objects(
+fn flat(
     published: &Published,
     known: &BTreeMap<Principal, Proxy>,
     expected: &BTreeSet<Principal>,
@@ -212,12 +215,41 @@ fn accepted(problems: Vec<&Problem>) -> Condition {
     }
 }
 
-fn in_force(
+/// How many of the proxies that need an object hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    needed: usize,
+    held: usize,
+}
+
+impl Held {
+    /// Nobody to enforce it is not the same as enforced by all.
+    pub fn everywhere(self) -> bool {
+        self.needed > 0 && self.held == self.needed
+    }
+
+    /// One word.
+    pub fn reason(self) -> &'static str {
+        match self.needed {
+            0 => "NoProxy",
+            _ if self.everywhere() => "Acknowledged",
+            _ => "Pending",
+        }
+    }
+}
+
+impl std::fmt::Display for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "in force on {} of {} proxies", self.held, self.needed)
+    }
+}
+
+fn held(
     published: &Published,
     known: &BTreeMap<Principal, Proxy>,
     expected: &BTreeSet<Principal>,
     resources: &BTreeSet<(&'static str, Arc<str>)>,
-) -> Condition {
+) -> Held {
     let (mut needed, mut held) = (0, 0);
     for id in expected {
         let sees = |type_url: &str, name: &Arc<str>| {
@@ -237,18 +269,21 @@ fn in_force(
         };
         held += usize::from(mine.into_iter().all(holds));
     }
-    // Nobody to enforce it is not the same as enforced by all.
-    let everywhere = needed > 0 && held == needed;
+    Held { needed, held }
+}
+
+fn in_force(
+    published: &Published,
+    known: &BTreeMap<Principal, Proxy>,
+    expected: &BTreeSet<Principal>,
+    resources: &BTreeSet<(&'static str, Arc<str>)>,
+) -> Condition {
+    let held = held(published, known, expected, resources);
     Condition {
         kind: "InForce",
-        status: if everywhere { "True" } else { "False" },
-        reason: match needed {
-            0 => "NoProxy",
-            _ if everywhere => "Acknowledged",
-            _ => "Pending",
-        }
-        .to_owned(),
-        message: format!("in force on {held} of {needed} proxies"),
+        status: if held.everywhere() { "True" } else { "False" },
+        reason: held.reason().to_owned(),
+        message: held.to_string(),
     }
 }
 

@@ -13,7 +13,7 @@ pub mod route;
 pub mod service;
 pub mod workload;
 
-use gateway::{GrantFacts, WaypointFacts};
+use gateway::{ClassFacts, GrantFacts, WaypointFacts};
 use policy::{AuthorizationFacts, PeerAuthenticationFacts};
 use route::RouteFacts;
 use service::{ServiceFacts, SliceFacts};
@@ -59,7 +59,10 @@ pub enum Fragment {
     Service(Box<ServiceFacts>),
     Slice(SliceFacts),
     Options(OptionFacts),
-    Waypoint(WaypointFacts),
+    Class(ClassFacts),
+    Waypoint(Box<WaypointFacts>),
+    /// A Gateway of a class that is none of the waypoint classes.
+    OtherGateway(Arc<str>),
     Route(RouteFacts),
     Grant(GrantFacts),
     Authorization(AuthorizationFacts),
@@ -121,9 +124,10 @@ impl<'a> Report<'a> {
         self.problems.push(self.object.problem(Severity::Info, field, reason));
     }
 
-    /// Whether an error was reported.
-    pub fn failed(&self) -> bool {
-        self.problems.iter().any(|problem| problem.severity == Severity::Error)
+    /// The first error that was reported, with its field.
+    pub fn first_error(&self) -> Option<String> {
+        let error = self.problems.iter().find(|problem| problem.severity == Severity::Error)?;
+        Some(format!("{}: {}", error.field, error.reason))
     }
 }
 
@@ -149,19 +153,10 @@ pub fn translate(object: &Object, mesh: &Mesh) -> Translated {
             Fragment::Options(options(map.data.as_ref(), mesh, &mut report))
         }
         Value::ConfigMap(_) => Fragment::Nothing,
-        Value::Gateway(spec, status) => match gateway::waypoint(object, spec, status, &mut report) {
-            Some(facts) => Fragment::Waypoint(facts),
-            None => Fragment::Nothing,
-        },
-        Value::HttpRoute(spec) => match route::route(object, spec, &mut report) {
-            Some(facts) => Fragment::Route(facts),
-            None => Fragment::Nothing,
-        },
-        Value::GatewayClass(_) => Fragment::Nothing,
-        Value::GrpcRoute(_) => {
-            report.error("", "GRPCRoutes are not supported yet: no effect");
-            Fragment::Nothing
-        }
+        Value::Gateway(spec, status) => gateway::gateway(object, spec, status, &mut report),
+        Value::HttpRoute(spec) => Fragment::Route(route::route(object, spec, &mut report)),
+        Value::GrpcRoute(spec) => Fragment::Route(route::grpc::route(object, spec, &mut report)),
+        Value::GatewayClass(spec) => Fragment::Class(gateway::class(spec)),
         Value::ReferenceGrant(spec) => Fragment::Grant(gateway::grant(spec)),
         Value::AuthorizationPolicy(spec) => {
             Fragment::Authorization(policy::authorization(object, spec, mesh, &mut report))

@@ -21,6 +21,7 @@ pub mod model;
 pub mod outbound;
 pub mod proto;
 pub mod refusal;
+pub mod rewrite;
 pub mod route;
 pub mod snapshot;
 pub mod tunnel;

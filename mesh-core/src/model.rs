@@ -11,8 +11,8 @@ pub use local::{Enrolment, LocalPod};
 pub use options::{MeshOptions, OutboundMode};
 pub use policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch};
 pub use route::{
-    Backend, BackendTarget, HeaderMatch, Listener, PathMatch, RequestMatch, Route, RouteRule, ValueMatch,
-    WaypointConfig,
+    Backend, BackendTarget, Filters, HeaderEdit, HeaderMatch, Listener, PathEdit, PathMatch, Redirect,
+    RequestMatch, Rewrite, Route, RouteKind, RouteRule, ValueMatch, WaypointConfig,
 };
 pub use service::{LoadBalancing, Service, ServicePort, Visibility};
 pub use workload::{Health, Locality, NetworkMode, PortMap, TunnelProtocol, WaypointRef, Workload};

@@ -1,6 +1,6 @@
 //! HTTP routes of one listener, compiled; and which rule a request falls under (`semantics.md` D7, D9, D19). Pure.
 
-use std::{cmp::Reverse, fmt};
+use std::{cmp::Reverse, collections::BTreeMap, fmt, sync::Arc};
 
 use regex_automata::{
     Anchored, Input,
@@ -38,6 +38,8 @@ pub struct RequestHead<'a> {
     pub query: Option<&'a str>,
     /// Method.
     pub method: &'a str,
+    /// Namespace of the client, from its proven identity.
+    pub client: &'a str,
     /// First value of a header, by lower-case name.
     pub headers: &'a dyn Fn(&str) -> Option<&'a str>,
 }
@@ -55,12 +57,29 @@ pub struct Matched {
     pub route: usize,
     /// Index of its rule.
     pub rule: usize,
+    /// Index of the match of that rule.
+    pub item: usize,
+}
+
+/// What the routes say of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// No route is for this client: the service is as if it had none.
+    Unrouted,
+    /// Routes exist and none matches: 404.
+    NoMatch,
+    /// The rule that wins.
+    Matched(Matched),
 }
 
 /// The routes of one listener, in order of precedence.
+///
+/// A route of the service's own namespace (producer) is for every client; one of another namespace (consumer) is for
+/// clients of that namespace alone, which then do not see the producer's.
 #[derive(Debug)]
 pub struct Table {
-    entries: Vec<Entry>,
+    producer: Vec<Entry>,
+    consumers: BTreeMap<Arc<str>, Vec<Entry>>,
 }
 
 #[derive(Debug)]
@@ -100,27 +119,34 @@ enum Value {
 /// # Errors
 /// [`CompileError`] for the first pattern that is too large or malformed.
 pub fn compile(listener: &Listener) -> Result<Table, CompileError> {
-    let mut entries = Vec::new();
+    let mut table = Table { producer: Vec::new(), consumers: BTreeMap::new() };
     for (index, route) in listener.routes.iter().enumerate() {
+        let own = route.namespace == listener.service.namespace;
+        let entries = if own {
+            &mut table.producer
+        } else {
+            table.consumers.entry(route.namespace.clone()).or_default()
+        };
         let hosts = if route.hostnames.is_empty() { vec![Host::Any] } else { hosts(route) };
         for host in hosts {
             for (number, rule) in route.rules.iter().enumerate() {
                 for (nth, item) in rule.matches.iter().enumerate() {
                     let field = format!("spec.rules[{number}].matches[{nth}]");
-                    let entry = entry(&host, item, Matched { route: index, rule: number }).map_err(
-                        |(path, reason)| CompileError {
+                    let entry = entry(&host, item, Matched { route: index, rule: number, item: nth })
+                        .map_err(|(path, reason)| CompileError {
                             route: format!("{}/{}", route.namespace, route.name),
                             path: format!("{field}.{path}"),
                             reason,
-                        },
-                    )?;
-                    entries.push((entry, nth));
+                        })?;
+                    entries.push(entry);
                 }
             }
         }
     }
-    entries.sort_by_cached_key(|(entry, nth)| precedence(entry, &listener.routes[entry.target.route], *nth));
-    Ok(Table { entries: entries.into_iter().map(|(entry, _)| entry).collect() })
+    for entries in table.consumers.values_mut().chain([&mut table.producer]) {
+        entries.sort_by_cached_key(|entry| precedence(entry, &listener.routes[entry.target.route]));
+    }
+    Ok(table)
 }
 
 fn hosts(route: &Route) -> Vec<Host> {
@@ -138,7 +164,7 @@ fn hosts(route: &Route) -> Vec<Host> {
 /// Gateway API order, smaller first: host (exact before wildcard, then more characters), exact path, longest prefix,
 /// regex last (implementation-specific), method, number of headers, number of query parameters, oldest route, name of
 /// the route, order of rules and matches.
-fn precedence(entry: &Entry, route: &Route, nth: usize) -> impl Ord + use<> {
+fn precedence(entry: &Entry, route: &Route) -> impl Ord + use<> {
     let host = match &entry.host {
         Host::Exact(name) => (0, Reverse(name.len())),
         Host::Suffix(suffix) => (1, Reverse(suffix.len())),
@@ -151,7 +177,7 @@ fn precedence(entry: &Entry, route: &Route, nth: usize) -> impl Ord + use<> {
     };
     let specific = (entry.method.is_none(), Reverse(entry.headers.len()), Reverse(entry.query.len()));
     let object = (route.created, route.namespace.clone(), route.name.clone());
-    (host, path, specific, object, entry.target.rule, nth)
+    (host, path, specific, object, entry.target.rule, entry.target.item)
 }
 
 type Complaint = (String, String);
@@ -214,12 +240,17 @@ fn whole(regex: &Regex, text: &str) -> bool {
 }
 
 impl Table {
-    /// The rule that wins for a request; `None` is 404 where routes exist.
-    pub fn matched(&self, head: &RequestHead<'_>) -> Option<Matched> {
+    /// What becomes of a request.
+    pub fn judge(&self, head: &RequestHead<'_>) -> Verdict {
+        let entries = self.consumers.get(head.client).unwrap_or(&self.producer);
+        if entries.is_empty() {
+            return Verdict::Unrouted;
+        }
         let host = head.host.trim_end_matches('.').to_ascii_lowercase();
         // Host names are looked up first: a route of a less specific host does not serve a more specific one's misses
         // unless it matches itself, which the order already says.
-        self.entries.iter().find(|entry| matches(entry, &host, head)).map(|entry| entry.target)
+        let found = entries.iter().find(|entry| matches(entry, &host, head));
+        found.map_or(Verdict::NoMatch, |entry| Verdict::Matched(entry.target))
     }
 }
 
@@ -285,7 +316,7 @@ mod tests {
     use super::*;
     use crate::{
         id::ServiceKey,
-        model::{HeaderMatch, RouteRule},
+        model::{Filters, HeaderMatch, RouteKind, RouteRule},
     };
 
     fn header(text: &str) -> HeaderMatch {
@@ -330,14 +361,18 @@ mod tests {
             let mut parts = text.split('|');
             let mut head = parts.next().unwrap().split_whitespace();
             let (name, created) = (head.next().unwrap(), head.next().unwrap().parse().unwrap());
+            let namespace = name.split_once('/').map_or("shop", |(namespace, _)| namespace);
             names.push(name.to_owned());
             list.push(Route {
-                namespace: "shop".into(),
+                kind: RouteKind::Http,
+                namespace: namespace.into(),
                 name: name.into(),
                 created,
                 hostnames: head.map(Arc::from).collect(),
                 rules: parts
                     .map(|rule| RouteRule {
+                        name: None,
+                        filters: Filters::default(),
                         matches: vec![request_match(rule)],
                         backends: vec![],
                         request_timeout: None,
@@ -360,9 +395,13 @@ mod tests {
         let (path, query) =
             target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
         let lookup = |name: &str| headers.iter().find(|(key, _)| *key == name).map(|(_, value)| *value);
-        let found = table.matched(&RequestHead { host, path, query, method, headers: &lookup });
-        let found =
-            found.map_or("404".to_owned(), |matched| format!("{}.{}", names[matched.route], matched.rule));
+        let client = lookup("client").unwrap_or("shop");
+        let head = RequestHead { host, path, query, method, client, headers: &lookup };
+        let found = match table.judge(&head) {
+            Verdict::Unrouted => "unrouted".to_owned(),
+            Verdict::NoMatch => "404".to_owned(),
+            Verdict::Matched(matched) => format!("{}.{}", names[matched.route], matched.rule),
+        };
         assert_eq!(found, expected, "{request} over {routes:?}");
     }
 
@@ -397,6 +436,17 @@ mod tests {
     fn between_routes_age_then_name_decides() {
         check(&["b 5 | /", "a 9 | /"], "GET h /", "b.0");
         check(&["b 5 | /", "a 5 | /"], "GET h /", "a.0");
+    }
+
+    #[test]
+    fn a_route_of_another_namespace_is_for_its_own_clients_and_hides_the_producers() {
+        let routes = ["own 0 | /", "bank/r 0 | /only"];
+        check(&routes, "GET h /only", "own.0");
+        check(&routes, "GET h /only client=bank", "bank/r.0");
+        check(&routes, "GET h / client=bank", "404");
+        check(&routes, "GET h /only client=other", "own.0");
+        check(&["bank/r 0 | /"], "GET h /", "unrouted");
+        check(&["bank/r 0 | /"], "GET h / client=bank", "bank/r.0");
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub struct Endpoint {
     pub workload: Arc<Workload>,
     /// Its address and target port.
     pub address: SocketAddr,
-    /// The service that it was chosen for.
-    pub service: ServiceKey,
+    /// The service that it was chosen for; `None` where the client dialled the workload itself.
+    pub service: Option<ServiceKey>,
     /// Identities accepted beside its own.
     pub subject_alt_names: Vec<Identity>,
 }

@@ -18,6 +18,7 @@ use mesh_core::{id::Identity, route::RequestHead};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 pub mod body;
+pub mod filters;
 pub mod framing;
 pub mod headers;
 pub mod server;
@@ -34,7 +35,7 @@ use wire::Judge;
 use crate::{
     Waypoint,
     record::{Flag, Record, Seen},
-    view::{Choice, Unroutable, View},
+    view::{Choice, Chosen, Redirected, Routed, Unroutable, View},
 };
 
 /// One downstream connection: a stream of a tunnel.
@@ -69,6 +70,8 @@ const NOT_READY: Local =
 const NO_ROUTE: Local = local(StatusCode::NOT_FOUND, Flag::NR, "route_not_found", "");
 const NO_BACKEND: Local =
     local(StatusCode::INTERNAL_SERVER_ERROR, Flag::NC, "no_valid_backend", "the route has no valid backend");
+const BAD_REWRITE: Local =
+    local(StatusCode::INTERNAL_SERVER_ERROR, Flag::NC, "invalid_rewrite", "the route's rewrite is not valid");
 const NO_ENDPOINT: Local =
     local(StatusCode::SERVICE_UNAVAILABLE, Flag::UH, "no_healthy_upstream", "no healthy upstream");
 const CONNECT_FAILED: Local = local(
@@ -156,14 +159,26 @@ pub async fn serve(
         Err((refused, why)) => Err((refused, why)),
     };
     match outcome {
-        Ok(exchanged) => respond(cx, exchanged, record, judge, http2),
+        Ok(Outcome::Exchanged(exchanged)) => respond(cx, *exchanged, record, judge, http2),
+        Ok(Outcome::Redirect(to)) => match filters::redirect::answer(&to, record) {
+            Ok(response) => response,
+            Err((why, record)) => reply(BAD_REWRITE, &why.to_string(), record, http2),
+        },
         Err((answer, why)) => reply(answer, &why, record, http2),
     }
+}
+
+/// What came of a request that was understood.
+enum Outcome {
+    Exchanged(Box<Exchanged>),
+    Redirect(Box<Redirected>),
 }
 
 /// A response head from upstream and what goes on from there.
 struct Exchanged {
     sent: Sent,
+    /// The rule whose changes the response gets.
+    routed: Option<Routed>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Both ends of an upgrade, when the client asked for one.
     downstream: Option<OnUpgrade>,
@@ -184,16 +199,20 @@ async fn exchange(
     mut request: Request<Incoming>,
     asked: Asked,
     record: &mut Record,
-) -> Result<Exchanged, (Local, String)> {
+) -> Result<Outcome, (Local, String)> {
     let started = Instant::now();
     // One view for the whole request: no request sees a half-changed table.
     let view = cx.waypoint.view();
-    let choice = choose(cx, &view, &request, &asked, record)?;
+    let choice = match choose(cx, &view, &request, &asked, record)? {
+        Chosen::Upstream(choice) => choice,
+        Chosen::Redirect(to) => return Ok(Outcome::Redirect(to)),
+    };
     let deadline = deadline(started, &choice);
     let downstream = asked.upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
     let client_failed = Arc::new(AtomicBool::new(false));
-    let outgoing =
-        prepare(cx, request, &asked, record, &client_failed).map_err(|why| (BAD_HEAD, why.to_string()))?;
+    let asked = rewritten(asked, choice.routed.as_ref())?;
+    let outgoing = prepare(cx, request, &asked, &choice, record, &client_failed)
+        .map_err(|why| (BAD_HEAD, why.to_string()))?;
     let sending = cx.waypoint.upstream.send(&choice.endpoint, &cx.client, outgoing);
     let sent = match deadline {
         Some(at) => match tokio::time::timeout_at(at, sending).await {
@@ -203,7 +222,16 @@ async fn exchange(
         None => sending.await,
     };
     let sent = sent.map_err(|error| (failed(&error, client_failed.load(Relaxed)), error.to_string()))?;
-    Ok(Exchanged { sent, deadline: deadline.map(|at| Box::pin(sleep_until(at))), downstream })
+    let deadline = deadline.map(|at| Box::pin(sleep_until(at)));
+    Ok(Outcome::Exchanged(Box::new(Exchanged { sent, routed: choice.routed, deadline, downstream })))
+}
+
+/// The request as its rule wants it to be addressed.
+fn rewritten(asked: Asked, routed: Option<&Routed>) -> Result<Asked, (Local, String)> {
+    let Some((change, matched)) = routed.and_then(Routed::rewrite) else { return Ok(asked) };
+    let (authority, target) = filters::rewrite::apply(change, matched, &asked.authority, &asked.target)
+        .ok_or_else(|| (BAD_REWRITE, format!("{change:?} of {}", asked.target)))?;
+    Ok(Asked { authority, target, ..asked })
 }
 
 /// Route and endpoint, noted in the record as far as it comes.
@@ -213,13 +241,14 @@ fn choose(
     request: &Request<Incoming>,
     asked: &Asked,
     record: &mut Record,
-) -> Result<Choice, (Local, String)> {
+) -> Result<Chosen, (Local, String)> {
     record.subject.source = view.client(&cx.client, cx.peer.ip());
     let head = RequestHead {
         host: asked.authority.host(),
         path: asked.target.path(),
         query: asked.target.query(),
         method: request.method().as_str(),
+        client: &cx.client.namespace,
         headers: &|name| {
             request.headers().get(name).and_then(|value| std::str::from_utf8(value.as_bytes()).ok())
         },
@@ -241,10 +270,12 @@ fn prepare(
     cx: &Downstream,
     mut request: Request<Incoming>,
     asked: &Asked,
+    choice: &Choice,
     record: &mut Record,
     client_failed: &Arc<AtomicBool>,
 ) -> Result<Request<RequestBody>, BadHead> {
-    let http2 = request.version() == http::Version::HTTP_2;
+    // An upgrade is of HTTP/1.1.
+    let http2 = request.version() == http::Version::HTTP_2 || (choice.http2 && asked.upgrade.is_none());
     let ends = Ends { client: &cx.client, own: &cx.waypoint.own };
     headers::towards_upstream(request.headers_mut(), asked.upgrade.as_ref(), http2, &ends, || {
         cx.waypoint.request_id()
@@ -252,6 +283,9 @@ fn prepare(
     if record.seen.request_id.is_empty() {
         let id = request.headers().get(headers::REQUEST_ID).and_then(|id| id.to_str().ok());
         record.seen.request_id = id.unwrap_or_default().to_owned();
+    }
+    for filters in choice.routed.iter().flat_map(Routed::filters) {
+        filters.request.apply(request.headers_mut());
     }
     headers::address_request(&mut request, &asked.authority, asked.target.clone(), http2)?;
     let counters = record.counters.clone();
@@ -276,7 +310,7 @@ fn respond(
     judge: &Judge,
     http2: bool,
 ) -> Response<ResponseBody> {
-    let Exchanged { sent: Sent { mut response, lease }, deadline, downstream } = exchanged;
+    let Exchanged { sent: Sent { mut response, lease }, routed, deadline, downstream } = exchanged;
     record.responded = Some(std::time::Instant::now());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let Some(downstream) = downstream else {
@@ -285,6 +319,9 @@ fn respond(
         return upgrade::switch(cx, response, downstream, record, judge);
     }
     headers::strip_hop_by_hop(response.headers_mut());
+    for filters in routed.iter().flat_map(Routed::filters) {
+        filters.response.apply(response.headers_mut());
+    }
     response.extensions_mut().clear();
     *response.version_mut() = if http2 { http::Version::HTTP_2 } else { http::Version::HTTP_11 };
     record.answered(response.status(), response.headers());

@@ -19,7 +19,7 @@ use crate::{
     http::{Downstream, server},
     record::{self, Record},
     tcp,
-    view::Unroutable,
+    view::{Target, Unroutable},
 };
 
 /// What the tunnel port needs beside the waypoint.
@@ -129,9 +129,9 @@ fn asked(waypoint: &Waypoint, authority: SocketAddr) -> Result<Asked, (u16, Flag
     if ILLEGAL_PORTS.contains(&authority.port()) {
         return Err((503, Flag::IllegalPort));
     }
-    match waypoint.view().bound(authority) {
-        Ok(bound) if bound.listener.http => Ok(Asked::Http),
-        Ok(_) => Ok(Asked::Tcp),
+    match waypoint.view().target(authority) {
+        Ok(Target::Service(bound)) if bound.listener.http => Ok(Asked::Http),
+        Ok(Target::Service(_) | Target::Workload(_)) => Ok(Asked::Tcp),
         Err(why @ Unroutable::NotReady) => Err((503, why.flag())),
         Err(why) => Err((400, why.flag())),
     }

@@ -13,13 +13,21 @@ use mesh_core::{
     balance::{self, Candidate},
     flag,
     id::{Identity, ServiceKey},
-    model::{Backend, BackendTarget, Listener},
-    route::{self, RequestHead, Table},
+    model::{
+        Backend, BackendTarget, Listener, PathMatch, Redirect, Rewrite, RouteRule, WaypointRef, Workload,
+    },
+    rewrite::{self, Origin},
+    route::{self, Matched, RequestHead, Table, Verdict},
     snapshot::Snapshot,
 };
 use mesh_net::clock::Chance;
 
-use crate::{dial::Endpoint, metrics::Party, record::Record};
+use crate::{
+    dial::Endpoint,
+    http::filters::{self, Compiled, RuleFilters},
+    metrics::Party,
+    record::Record,
+};
 
 /// One port of one service, ready to route.
 #[derive(Debug)]
@@ -28,6 +36,83 @@ pub struct Bound {
     pub listener: Listener,
     /// Compiled routes; `None` when the configuration could not be compiled: requests are refused.
     pub table: Option<Table>,
+    /// Compiled filters, by index of route and rule.
+    pub filters: Vec<Vec<RuleFilters>>,
+}
+
+impl Bound {
+    fn new(listener: &Listener) -> Result<Self, String> {
+        let table = route::compile(listener).map_err(|error| error.to_string())?;
+        Ok(Self { listener: listener.clone(), table: Some(table), filters: filters::compile(listener)? })
+    }
+
+    fn broken(listener: &Listener) -> Self {
+        Self { listener: listener.clone(), table: None, filters: Vec::new() }
+    }
+}
+
+/// The rule that a request fell under, and the backend that was drawn.
+#[derive(Clone, Debug)]
+pub struct Routed {
+    bound: Arc<Bound>,
+    matched: Matched,
+    /// `None` until one was drawn.
+    backend: Option<usize>,
+}
+
+impl Routed {
+    fn rule(&self) -> &RouteRule {
+        &self.bound.listener.routes[self.matched.route].rules[self.matched.rule]
+    }
+
+    fn backend(&self) -> Option<&Backend> {
+        self.backend.and_then(|index| self.rule().backends.get(index))
+    }
+
+    /// Header changes in the order in which they apply: the backend's, then the rule's.
+    pub fn filters(&self) -> impl Iterator<Item = &Compiled> {
+        let rule = &self.bound.filters[self.matched.route][self.matched.rule];
+        let backend = self.backend.and_then(|index| rule.backends.get(index));
+        backend.into_iter().chain([&rule.rule])
+    }
+
+    /// The nearest rewrite, and the path match that it refers to.
+    pub fn rewrite(&self) -> Option<(&Rewrite, &PathMatch)> {
+        let own = self.backend().and_then(|backend| backend.filters.rewrite.as_ref());
+        let rewrite = own.or(self.rule().filters.rewrite.as_ref())?;
+        Some((rewrite, self.path()))
+    }
+
+    fn path(&self) -> &PathMatch {
+        &self.rule().matches[self.matched.item].path
+    }
+
+    fn redirected(self, redirect: &Redirect, head: &RequestHead<'_>) -> Redirected {
+        let port = self.bound.listener.port;
+        let from = Origin { scheme: "http", host: head.host, path: head.path, query: head.query, port };
+        let location = rewrite::location(redirect, self.path(), &from);
+        Redirected { status: redirect.status, location, routed: self }
+    }
+}
+
+/// Where a client is sent.
+#[derive(Clone, Debug)]
+pub struct Redirected {
+    /// 301, 302, 303, 307 or 308.
+    pub status: u16,
+    /// The new location.
+    pub location: String,
+    /// The rule that says so.
+    pub routed: Routed,
+}
+
+/// What becomes of a request.
+#[derive(Clone, Debug)]
+pub enum Chosen {
+    /// It goes to an endpoint.
+    Upstream(Box<Choice>),
+    /// Its client goes elsewhere.
+    Redirect(Box<Redirected>),
 }
 
 /// Where a request goes.
@@ -35,6 +120,10 @@ pub struct Bound {
 pub struct Choice {
     /// The endpoint.
     pub endpoint: Endpoint,
+    /// The endpoint speaks HTTP/2, whatever the client speaks.
+    pub http2: bool,
+    /// By which rule; `None` where the service has no routes.
+    pub routed: Option<Routed>,
     /// Whole exchange.
     pub request_timeout: Option<Duration>,
     /// One try.
@@ -77,12 +166,21 @@ impl Unroutable {
 pub struct View {
     snapshot: Arc<Snapshot>,
     listeners: HashMap<SocketAddr, Arc<Bound>>,
-    node: Arc<str>,
+    gateway: Gateway,
     ready: bool,
 }
 
+/// What an authority stands for.
+#[derive(Clone, Copy, Debug)]
+pub enum Target<'a> {
+    /// A port of a bound service.
+    Service(&'a Arc<Bound>),
+    /// A bound workload.
+    Workload(&'a Arc<Workload>),
+}
+
 /// Which Gateway object a waypoint serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gateway {
     /// Its namespace.
     pub namespace: Arc<str>,
@@ -114,18 +212,14 @@ impl View {
             let known = addresses.clone().find_map(|at| before.listeners.get(&at));
             let bound = match known {
                 Some(bound) if bound.listener == *listener => bound.clone(),
-                _ => {
-                    let table = route::compile(listener)
-                        .inspect_err(|error| {
-                            problems.push(format!("{} port {}: {error}", listener.service, listener.port));
-                        })
-                        .ok();
-                    Arc::new(Bound { listener: listener.clone(), table })
-                }
+                _ => Arc::new(Bound::new(listener).unwrap_or_else(|error| {
+                    problems.push(format!("{} port {}: {error}", listener.service, listener.port));
+                    Bound::broken(listener)
+                })),
             };
             listeners.extend(addresses.map(|at| (at, bound.clone())));
         }
-        (Self { snapshot, listeners, node: gateway.node.clone(), ready }, problems)
+        (Self { snapshot, listeners, gateway: gateway.clone(), ready }, problems)
     }
 
     /// The service port that was dialled.
@@ -138,6 +232,38 @@ impl View {
             None if self.ready => Err(Unroutable::NoListener),
             None => Err(Unroutable::NotReady),
         }
+    }
+
+    /// What was dialled: a service port, or a workload that is bound to this waypoint (`istio.io/waypoint-for`).
+    ///
+    /// Routes are for services: what is addressed to a workload is carried to that very one.
+    ///
+    /// # Errors
+    /// [`Unroutable::NotReady`], [`Unroutable::NoListener`].
+    pub fn target(&self, authority: SocketAddr) -> Result<Target<'_>, Unroutable> {
+        self.bound(authority).map(Target::Service).or_else(|why| {
+            let workload =
+                self.snapshot.workload_by_ip(authority.ip()).filter(|workload| self.binds(workload));
+            workload.filter(|_| self.ready).map(Target::Workload).ok_or(why)
+        })
+    }
+
+    /// Whether a workload is bound to the Gateway that this waypoint serves.
+    fn binds(&self, workload: &Workload) -> bool {
+        let Some(WaypointRef::Service { service, port: _ }) = &workload.waypoint else { return false };
+        let service = self.snapshot.service(service);
+        service.is_some_and(|service| {
+            service.key.namespace == self.gateway.namespace && service.name == self.gateway.name
+        })
+    }
+
+    /// The workload that was dialled, as the endpoint of its own traffic.
+    fn itself(&self, workload: &Arc<Workload>, address: SocketAddr, record: &mut Record) -> Endpoint {
+        record.cluster = format!("inbound-vip|{}|tcp|{}", address.port(), workload.name);
+        record.upstream = Some(address);
+        record.subject.destination =
+            Party { workload: Some(workload.clone()), identity: Some(workload.identity()) };
+        Endpoint { workload: workload.clone(), address, service: None, subject_alt_names: Vec::new() }
     }
 
     /// Whether the control plane has told what to serve.
@@ -173,7 +299,7 @@ impl View {
         head: &RequestHead<'_>,
         chance: &Chance,
         record: &mut Record,
-    ) -> Result<Choice, Unroutable> {
+    ) -> Result<Chosen, Unroutable> {
         let bound = self.bound(authority)?;
         let listener = &bound.listener;
         self.note_service(listener, record);
@@ -181,24 +307,44 @@ impl View {
             .table
             .as_ref()
             .ok_or_else(|| Unroutable::NoBackend("the routes of this service cannot be compiled".into()))?;
-        if listener.routes.is_empty() {
-            let backend = BackendTarget {
-                service: listener.service.clone(),
-                port: listener.port,
-                subject_alt_names: Vec::new(),
-            };
-            record.cluster = format!("inbound-vip|{}|http|{}", backend.port, backend.service.hostname);
-            let endpoint = self.endpoint(&backend, authority.ip(), chance, record)?;
-            return Ok(Choice { endpoint, request_timeout: None, backend_timeout: None });
+        let matched = match table.judge(head) {
+            Verdict::Matched(matched) => matched,
+            Verdict::NoMatch => return Err(Unroutable::NoRoute),
+            Verdict::Unrouted => {
+                let backend = own_backend(listener);
+                record.cluster = format!("inbound-vip|{}|http|{}", backend.port, backend.service.hostname);
+                let endpoint = self.endpoint(&backend, authority.ip(), chance, record)?;
+                let (request_timeout, backend_timeout) = (None, None);
+                let choice =
+                    Choice { endpoint, http2: false, routed: None, request_timeout, backend_timeout };
+                return Ok(Chosen::Upstream(Box::new(choice)));
+            }
+        };
+        let routed = Routed { bound: bound.clone(), matched, backend: None };
+        let route = &listener.routes[matched.route];
+        let rule = &route.rules[matched.rule];
+        record.route = match &rule.name {
+            Some(name) => format!("{}/{}.{name}", route.namespace, route.name),
+            None => format!("{}/{}.{}", route.namespace, route.name, matched.rule),
+        };
+        if let Some(redirect) = &rule.filters.redirect {
+            return Ok(Chosen::Redirect(Box::new(routed.redirected(redirect, head))));
         }
-        let matched = table.matched(head).ok_or(Unroutable::NoRoute)?;
-        let (route, rule) =
-            (&listener.routes[matched.route], &listener.routes[matched.route].rules[matched.rule]);
-        record.route = format!("{}/{}.{}", route.namespace, route.name, matched.rule);
-        let backend = pick_backend(&rule.backends, chance.next())?;
-        record.cluster = format!("outbound|{}||{}", backend.port, backend.service.hostname);
-        let endpoint = self.endpoint(backend, authority.ip(), chance, record)?;
-        Ok(Choice { endpoint, request_timeout: rule.request_timeout, backend_timeout: rule.backend_timeout })
+        let index = pick_backend(&rule.backends, chance.next())?;
+        let backend = &rule.backends[index];
+        let routed = Routed { backend: Some(index), ..routed };
+        if let Some(redirect) = &backend.filters.redirect {
+            return Ok(Chosen::Redirect(Box::new(routed.redirected(redirect, head))));
+        }
+        let target = backend.target.as_ref().map_err(|why| Unroutable::NoBackend(why.clone()))?;
+        record.cluster = format!("outbound|{}||{}", target.port, target.service.hostname);
+        Ok(Chosen::Upstream(Box::new(Choice {
+            endpoint: self.endpoint(target, authority.ip(), chance, record)?,
+            http2: target.http2,
+            routed: Some(routed),
+            request_timeout: rule.request_timeout,
+            backend_timeout: rule.backend_timeout,
+        })))
     }
 
     /// The endpoint of a connection that is not HTTP.
@@ -211,13 +357,13 @@ impl View {
         chance: &Chance,
         record: &mut Record,
     ) -> Result<Endpoint, Unroutable> {
-        let listener = &self.bound(authority)?.listener;
-        self.note_service(listener, record);
-        let backend = BackendTarget {
-            service: listener.service.clone(),
-            port: listener.port,
-            subject_alt_names: Vec::new(),
+        let bound = match self.target(authority)? {
+            Target::Service(bound) => bound,
+            Target::Workload(workload) => return Ok(self.itself(workload, authority, record)),
         };
+        let listener = &bound.listener;
+        self.note_service(listener, record);
+        let backend = own_backend(listener);
         record.cluster = format!("inbound-vip|{}|tcp|{}", backend.port, backend.service.hostname);
         self.endpoint(&backend, authority.ip(), chance, record)
     }
@@ -238,14 +384,15 @@ impl View {
     ) -> Result<Endpoint, Unroutable> {
         let none = || Unroutable::NoEndpoint(backend.service.clone());
         let service = self.snapshot.service(&backend.service).ok_or_else(none)?;
-        let candidates = balance::candidates(&self.snapshot, service, backend.port, &self.node, dialled);
+        let candidates =
+            balance::candidates(&self.snapshot, service, backend.port, &self.gateway.node, dialled);
         let weights = candidates.iter().map(|candidate| candidate.weight);
         let index = balance::weighted(weights, chance.next()).ok_or_else(none)?;
         let Candidate { workload, target: address, weight: _ } = &candidates[index];
         let endpoint = Endpoint {
             workload: workload.clone(),
             address: *address,
-            service: backend.service.clone(),
+            service: Some(backend.service.clone()),
             subject_alt_names: [&backend.subject_alt_names[..], &service.subject_alt_names].concat(),
         };
         record.upstream = Some(*address);
@@ -255,9 +402,18 @@ impl View {
     }
 }
 
-/// One of the backends by weight.
-fn pick_backend(backends: &[Backend], pick: u64) -> Result<&BackendTarget, Unroutable> {
-    let index = balance::weighted(backends.iter().map(|backend| backend.weight), pick)
-        .ok_or_else(|| Unroutable::NoBackend("no backend with a weight above zero".into()))?;
-    backends[index].target.as_ref().map_err(|why| Unroutable::NoBackend(why.clone()))
+/// The service itself.
+fn own_backend(listener: &Listener) -> BackendTarget {
+    BackendTarget {
+        service: listener.service.clone(),
+        port: listener.port,
+        http2: false,
+        subject_alt_names: Vec::new(),
+    }
+}
+
+/// Index of one of the backends, by weight.
+fn pick_backend(backends: &[Backend], pick: u64) -> Result<usize, Unroutable> {
+    balance::weighted(backends.iter().map(|backend| backend.weight), pick)
+        .ok_or_else(|| Unroutable::NoBackend("no backend with a weight above zero".into()))
 }

@@ -182,6 +182,29 @@ async fn bytes_of_other_protocols_are_carried() {
 }
 
 #[tokio::test]
+async fn a_bound_workload_is_reached_by_its_own_address_and_another_is_not() {
+    let scene = scene(|world| {
+        world
+            .service("gw")
+            .pod_without_app("reviews-v1", &[], Health::Healthy)
+            .bound_to("gw")
+            .pod_without_app("elsewhere", &[], Health::Healthy)
+            .bound_to("another")
+    })
+    .await;
+    let stream = scene.connect("web", "10.244.1.2:9000").await.unwrap();
+    assert_eq!(ask(stream, b"PING\r\n\r\n").await, "PING\r\n\r\n");
+    let seen = scene.seen.lock().unwrap().clone();
+    let expected =
+        Seen { peer: identity("gw"), claim: Some(identity("web")), authority: "10.244.1.2:9000".to_owned() };
+    assert_eq!(seen, [expected]);
+    match scene.connect("web", "10.244.1.3:9000").await {
+        Err(DialError::Status { status: 400, flag: Some(Flag::IllegalAuthority) }) => {}
+        other => panic!("{:?}", other.map(drop)),
+    }
+}
+
+#[tokio::test]
 async fn what_is_not_ours_is_refused_and_dials_nobody() {
     let scene = scene(|world| {
         world

@@ -10,6 +10,7 @@ use mesh_core::{id::ServiceKey, model::WaypointRef};
 use super::{
     Output,
     index::{Entry, Index, Name},
+    outcome::BindingOutcome,
 };
 use crate::{
     source::{ObjectKey, Origin, Severity},
@@ -22,6 +23,8 @@ use crate::{
 
 const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
+/// Beside `use-waypoint`, with the value `allow`: traffic goes without the waypoint while that cannot be used.
+const BYPASS: &str = "undermesh.io/waypoint-bypass";
 
 /// A binding in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +42,8 @@ pub type Bound = BTreeMap<Name, Binding>;
 struct Wanted {
     gateway: Name,
     own: bool,
+    /// [`BYPASS`] stands beside the label.
+    bypass: bool,
 }
 
 /// The nearest label counts; `none` stops.
@@ -50,7 +55,8 @@ fn wanted(labels: &Labels, namespace: &Arc<str>, of_namespace: &Labels) -> Optio
         }
         let there = labels.get(USE_WAYPOINT_NAMESPACE).filter(|there| !there.is_empty());
         let there = there.map_or_else(|| namespace.clone(), |there| there.as_str().into());
-        return Some(Wanted { gateway: (there, name.as_str().into()), own });
+        let bypass = labels.get(BYPASS).is_some_and(|value| value == "allow");
+        return Some(Wanted { gateway: (there, name.as_str().into()), own, bypass });
     }
     None
 }
@@ -71,7 +77,19 @@ pub fn services(index: &Index<'_>, out: &mut Output) -> Bound {
             }
             continue;
         }
-        if let Some(binding) = bind(index, service.of(), &wanted, Takes::services, out) {
+        let (binding, refused) = bind(index, service.of(), &wanted, Takes::services, out);
+        if binding.is_some()
+            || wanted.own
+            || refused.as_ref().is_some_and(|(reason, _)| *reason != UNSUPPORTED)
+        {
+            let outcome = BindingOutcome {
+                generation: service.object.generation,
+                gateway: format!("{}/{}", wanted.gateway.0, wanted.gateway.1).into(),
+                refused,
+            };
+            out.outcomes.bindings.insert(service.object.key.clone(), outcome);
+        }
+        if let Some(binding) = binding {
             bound.insert(name.clone(), binding);
         }
     }
@@ -91,8 +109,14 @@ pub fn pod(index: &Index<'_>, pod: &Entry<'_, PodFacts>, out: &mut Output) -> Op
     {
         return None;
     }
-    Some(bind(index, pod.of(), &wanted, Takes::workloads, out)?.reference)
+    Some(bind(index, pod.of(), &wanted, Takes::workloads, out).0?.reference)
 }
+
+/// The waypoint does not take this kind of traffic.
+const UNSUPPORTED: &str = "UnsupportedTrafficType";
+
+/// The binding in force, and why it is not as asked.
+type Bind = (Option<Binding>, Option<(&'static str, String)>);
 
 fn bind(
     index: &Index<'_>,
@@ -100,53 +124,55 @@ fn bind(
     wanted: &Wanted,
     takes: fn(Takes) -> bool,
     out: &mut Output,
-) -> Option<Binding> {
+) -> Bind {
     let (namespace, name) = &wanted.gateway;
     let key = index.service_key(namespace, name);
-    let refused = |out: &mut Output, reason: String| {
-        let reason =
-            format!("{reason}: WaypointBound=False, its traffic is refused with WAYPOINT_UNAVAILABLE");
-        out.tell(Severity::Error, of, "metadata.labels", reason);
+    let refused = |out: &mut Output, reason: &'static str, text: String| {
+        if wanted.bypass {
+            let text = format!("{text}: bypassed, as {BYPASS} allows");
+            out.tell(Severity::Warning, of, "metadata.labels", format!("{reason}: {text}"));
+            return (None, Some((reason, text)));
+        }
+        let text = format!("{text}: its traffic is refused with WAYPOINT_UNAVAILABLE");
+        out.tell(Severity::Error, of, "metadata.labels", format!("{reason}: {text}"));
         // The host name in a namespace where no such service is: the reference resolves to nothing.
         let nowhere = ServiceKey::new(&of.0.namespace, &format!("unbound.{}", key.hostname));
         let reference = WaypointRef::Service { service: nowhere, port: WAYPOINT_PORT };
-        Some(Binding { reference, gateway: None })
+        (Some(Binding { reference, gateway: None }), Some((reason, text)))
     };
     let Some(gateway) = index.waypoints.get(&wanted.gateway) else {
-        return refused(out, format!("WaypointMissing: there is no waypoint Gateway {namespace}/{name}"));
+        let text = format!("there is no waypoint Gateway {namespace}/{name}");
+        return refused(out, "WaypointMissing", text);
     };
     if !takes(gateway.facts.takes) {
+        let text = format!("waypoint {namespace}/{name} does not take this kind of traffic: not bound");
         if wanted.own {
-            let reason = format!(
-                "UnsupportedTrafficType: waypoint {namespace}/{name} does not take this kind of traffic: not bound"
-            );
-            out.tell(Severity::Warning, of, "metadata.labels", reason);
+            out.tell(Severity::Warning, of, "metadata.labels", format!("{UNSUPPORTED}: {text}"));
         }
-        return None;
+        return (None, Some((UNSUPPORTED, text)));
     }
     let own = *namespace == of.0.namespace;
     if !gateway.facts.allowed.admits(own, index.namespace(&of.0.namespace)) {
-        return refused(
-            out,
-            format!("AttachmentDenied: allowedRoutes of {namespace}/{name} do not admit this namespace"),
-        );
+        let text = format!("allowedRoutes of {namespace}/{name} do not admit this namespace");
+        return refused(out, "AttachmentDenied", text);
     }
     let port = gateway.facts.port;
     let ready = index.services.get(&wanted.gateway).is_some_and(|service| {
         service.facts.ports.iter().any(|candidate| candidate.port == port) && !service.facts.vips.is_empty()
     });
+    let mut waiting = None;
     if !ready {
-        let reason =
-            format!("WaypointIsNotReady: {namespace}/{name} has no Service with an address and port {port}");
-        out.tell(
-            Severity::Warning,
-            of,
-            "metadata.labels",
-            format!("{reason}; its traffic is refused until then"),
-        );
+        let text = format!("{namespace}/{name} has no Service with an address and port {port}");
+        if wanted.bypass {
+            return refused(out, NOT_READY, text);
+        }
+        let text = format!("{text}; its traffic is refused until then");
+        out.tell(Severity::Warning, of, "metadata.labels", format!("{NOT_READY}: {text}"));
+        waiting = Some((NOT_READY, text));
     }
-    Some(Binding {
-        reference: WaypointRef::Service { service: key, port },
-        gateway: Some(wanted.gateway.clone()),
-    })
+    let reference = WaypointRef::Service { service: key, port };
+    (Some(Binding { reference, gateway: Some(wanted.gateway.clone()) }), waiting)
 }
+
+/// The waypoint's Service has no address yet.
+const NOT_READY: &str = "WaypointIsNotReady";

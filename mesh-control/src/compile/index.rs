@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use mesh_core::id::{ServiceKey, WorkloadKey};
+use mesh_core::{
+    id::{ServiceKey, WorkloadKey},
+    model::RouteKind,
+};
 
 use super::{Fragments, PodFact, PodKey};
 use crate::translate::{
     Fragment, Labels, Mesh, OptionFacts, Translated,
     enrolment::{NotEnrolled, Place, enrolment},
-    gateway::{GrantFacts, WaypointFacts},
+    gateway::{ClassFacts, GrantFacts, WaypointFacts},
     policy::{AuthorizationFacts, PeerAuthenticationFacts},
     route::RouteFacts,
     service::{ServiceFacts, SliceFacts},
@@ -69,7 +72,11 @@ pub struct Index<'a> {
     pub services: BTreeMap<Name, Entry<'a, ServiceFacts>>,
     /// By the Service that they belong to.
     pub slices: BTreeMap<Name, Vec<Entry<'a, SliceFacts>>>,
+    /// By name; empty where the source has none (local mode).
+    pub classes: BTreeMap<Arc<str>, Entry<'a, ClassFacts>>,
     pub waypoints: BTreeMap<Name, Entry<'a, WaypointFacts>>,
+    /// Gateways that are no waypoints, with their class.
+    pub gateways: BTreeMap<Name, (&'a Translated, Arc<str>)>,
     pub routes: Vec<Entry<'a, RouteFacts>>,
     pub grants: Vec<(Arc<str>, &'a GrantFacts)>,
     pub authorizations: Vec<Entry<'a, AuthorizationFacts>>,
@@ -89,7 +96,9 @@ impl<'a> Index<'a> {
             pods: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
+            classes: BTreeMap::new(),
             waypoints: BTreeMap::new(),
+            gateways: BTreeMap::new(),
             routes: Vec::new(),
             grants: Vec::new(),
             authorizations: Vec::new(),
@@ -99,9 +108,27 @@ impl<'a> Index<'a> {
         for object in fragments.values() {
             index.take(object);
         }
-        index.routes.sort_by(|a, b| a.age().cmp(&b.age()));
+        index.disown();
+        // Kinds of routes take turns by age, then by name.
+        index
+            .routes
+            .sort_by_key(|route| (route.object.created, route.namespace(), route.name(), route.facts.kind));
         index.peer_authentications.sort_by(|a, b| a.age().cmp(&b.age()));
         index
+    }
+
+    /// Gateways whose class belongs to another controller are that one's.
+    fn disown(&mut self) {
+        let classes = &self.classes;
+        let foreign = |class: &str| classes.get(class).is_some_and(|class| !class.facts.ours);
+        let (theirs, ours) = std::mem::take(&mut self.waypoints)
+            .into_iter()
+            .partition(|(_, entry)| foreign(&entry.facts.class));
+        let theirs: BTreeMap<Name, Entry<'a, WaypointFacts>> = theirs;
+        self.waypoints = ours;
+        self.gateways.extend(
+            theirs.into_iter().map(|(name, entry)| (name, (entry.object, entry.facts.class.clone()))),
+        );
     }
 
     fn take(&mut self, object: &'a Translated) {
@@ -122,6 +149,12 @@ impl<'a> Index<'a> {
             Fragment::Slice(facts) => {
                 let service = (name.0, facts.service.clone());
                 self.slices.entry(service).or_default().push(Entry::new(object, facts));
+            }
+            Fragment::Class(facts) => {
+                self.classes.insert(name.1, Entry::new(object, facts));
+            }
+            Fragment::OtherGateway(class) => {
+                self.gateways.insert(name, (object, class.clone()));
             }
             Fragment::Waypoint(facts) => {
                 self.waypoints.insert(name, Entry::new(object, facts));
@@ -192,12 +225,12 @@ impl<'a> Index<'a> {
         }
     }
 
-    /// Whether an HTTPRoute of `from` may refer to the Service `name` of `to`.
-    pub fn granted(&self, from: &str, to: &str, name: &str) -> bool {
+    /// Whether a route of `from` may refer to the Service `name` of `to`.
+    pub fn granted(&self, kind: RouteKind, from: &str, to: &str, name: &str) -> bool {
         from == to
             || self.grants.iter().any(|(namespace, grant)| {
                 &**namespace == to
-                    && grant.from.iter().any(|allowed| &**allowed == from)
+                    && grant.from.iter().any(|(of, allowed)| *of == kind && &**allowed == from)
                     && grant.to.iter().any(|allowed| allowed.as_deref().is_none_or(|allowed| allowed == name))
             })
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use mesh_core::{
     id::ServiceKey,
-    model::{Backend, BackendTarget, Listener, Route, RouteRule, Service, WaypointConfig},
+    model::{Backend, BackendTarget, Listener, Route, RouteKind, RouteRule, Service, WaypointConfig},
     proto::TYPE_WAYPOINT,
 };
 
@@ -12,12 +12,14 @@ use super::{
     Output,
     binding::Bound,
     index::{Entry, Index, Name},
+    outcome::{ParentOutcome, ParentRefusal, RouteOutcome},
 };
 use crate::{
     source::Severity,
+    status::object::ParentRef,
     translate::{
-        route::{BackendFacts, Parent, ParentKind, RouteFacts, RuleFacts},
-        service::Protocol,
+        route::{BackendFacts, BackendFault, Broken, Parent, ParentKind, RouteFacts, RuleFacts},
+        service::{PortFacts, Protocol},
     },
 };
 
@@ -67,6 +69,9 @@ pub fn waypoints(
     configs
 }
 
+/// One service behind a waypoint that a route is for, and the waypoint.
+type Place = (Name, Name);
+
 fn attach(
     index: &Index<'_>,
     bound: &Bound,
@@ -74,67 +79,162 @@ fn attach(
     attached: &mut ByPort,
     out: &mut Output,
 ) {
-    let resolved = resolve(index, route, out);
+    let (resolved, unresolved) = resolve(index, route, out);
+    let mut outcome = RouteOutcome {
+        generation: route.object.generation,
+        unresolved,
+        invalid_rules: invalid_rules(route.facts),
+        parents: Vec::new(),
+    };
     for parent in &route.facts.parents {
-        let services = match parent.kind {
-            ParentKind::Service => service_parent(index, bound, route, parent, out),
-            ParentKind::Gateway => gateway_parent(index, bound, route, parent, out),
-        };
-        for (service, gateway) in services {
-            let Some(facts) = index.services.get(&service).map(|entry| entry.facts) else { continue };
-            // The port of a Gateway is that of its listener, and means every port behind it.
-            let wanted = parent.port.filter(|_| parent.kind == ParentKind::Service);
-            let mut ports =
-                facts.ports.iter().filter(|port| wanted.is_none_or(|wanted| wanted == port.port)).peekable();
-            if ports.peek().is_none() && parent.kind == ParentKind::Service {
-                let reason =
-                    format!("NoMatchingParent: Service {}/{} has no such port", service.0, service.1);
-                out.tell(Severity::Error, route.of(), &format!("{}.port", parent.field), reason);
-            }
-            for port in ports {
-                if port.protocol == Protocol::Tcp {
-                    if wanted.is_some() {
-                        let reason = "the port is declared as something else than HTTP: not attached";
-                        out.tell(Severity::Warning, route.of(), &format!("{}.port", parent.field), reason);
-                    }
-                    continue;
-                }
-                let routes = attached.entry((service.clone(), port.port)).or_default();
-                // Two parents of one route may mean the same port.
-                if !routes.contains(&resolved) {
-                    routes.push(resolved.clone());
-                }
-                let config = format!("{}/{}", gateway.0, gateway.1);
-                out.carry(&route.object.key, TYPE_WAYPOINT, config.into());
-            }
+        // The Gateways of others are not ours to judge.
+        let name = (parent.namespace.clone(), parent.name.clone());
+        if parent.kind == ParentKind::Gateway && index.gateways.contains_key(&name) {
+            continue;
         }
+        let placed = match (&route.facts.rejected, parent.kind) {
+            (Some(reason), _) => Err((ParentRefusal::UnsupportedValue, reason.to_string())),
+            (None, ParentKind::Service) => service_parent(index, bound, parent),
+            (None, ParentKind::Gateway) => gateway_parent(index, bound, route, parent),
+        };
+        let placed = placed.and_then(|places| place(index, parent, &resolved, places, attached));
+        let mut waypoints = std::collections::BTreeSet::new();
+        let refused = match placed {
+            Ok(gateways) => {
+                waypoints.extend(gateways.iter().map(|(ns, name)| Arc::from(format!("{ns}/{name}"))));
+                None
+            }
+            Err((refusal, text)) => {
+                // What makes it inert was told with its field.
+                if route.facts.rejected.is_none() {
+                    let told = format!("{}: {text}", refusal.reason());
+                    out.tell(Severity::Error, route.of(), &parent.field, told);
+                }
+                Some((refusal, text))
+            }
+        };
+        for config in &waypoints {
+            out.carry(&route.object.key, TYPE_WAYPOINT, Arc::clone(config));
+        }
+        outcome.parents.push(ParentOutcome { parent: reference(parent), refused, waypoints });
+    }
+    out.outcomes.routes.insert(route.object.key.clone(), outcome);
+}
+
+/// The parent as its status names it, defaults filled in.
+fn reference(parent: &Parent) -> ParentRef {
+    let (group, kind) = match parent.kind {
+        ParentKind::Service => ("", "Service"),
+        ParentKind::Gateway => ("gateway.networking.k8s.io", "Gateway"),
+    };
+    ParentRef {
+        group: group.into(),
+        kind: kind.into(),
+        namespace: parent.namespace.clone(),
+        name: parent.name.clone(),
+        section_name: parent.section.clone(),
+        port: parent.port,
     }
 }
 
-/// A Service of the route's own namespace, bound to a waypoint.
+fn invalid_rules(facts: &RouteFacts) -> Option<(String, bool)> {
+    let broken: Vec<_> = facts.rules.iter().filter_map(|rule| rule.filters.as_ref().err()).collect();
+    let first = broken.first()?;
+    Some((first.to_string(), broken.len() == facts.rules.len()))
+}
+
+/// Puts the route on the ports that the parent means; the waypoints that carry it.
+fn place(
+    index: &Index<'_>,
+    parent: &Parent,
+    resolved: &Route,
+    places: Vec<Place>,
+    attached: &mut ByPort,
+) -> Result<Vec<Name>, (ParentRefusal, String)> {
+    let of_service = parent.kind == ParentKind::Service;
+    // The port and section of a Gateway are its listener's, and mean every port behind it.
+    let meant = |port: &PortFacts| {
+        !of_service
+            || (parent.port.is_none_or(|wanted| wanted == port.port)
+                && parent.section.as_ref().is_none_or(|wanted| *wanted == port.name))
+    };
+    let (mut carriers, mut refused) = (Vec::new(), None);
+    for (service, gateway) in places {
+        let Some(facts) = index.services.get(&service).map(|entry| entry.facts) else { continue };
+        let mut found = false;
+        for port in facts.ports.iter().filter(|port| meant(port)) {
+            found = true;
+            if port.protocol == Protocol::Tcp {
+                let text =
+                    format!("port {} is declared as something else than HTTP: not attached", port.port);
+                refused.get_or_insert((ParentRefusal::NoMatchingParent, text));
+                continue;
+            }
+            let routes = attached.entry((service.clone(), port.port)).or_default();
+            if let Some(other) = routes.iter().find(|other| conflict(other, resolved)) {
+                let text = format!(
+                    "{}/{} is older, of the other kind, and has the same hostnames",
+                    other.namespace, other.name
+                );
+                refused.get_or_insert((ParentRefusal::Conflicted, text));
+                continue;
+            }
+            // Two parents of one route may mean the same port.
+            if !routes.contains(resolved) {
+                routes.push(resolved.clone());
+            }
+            carriers.push(gateway.clone());
+        }
+        if !found && of_service {
+            let text = format!("Service {}/{} has no such port", service.0, service.1);
+            return Err((ParentRefusal::NoMatchingParent, text));
+        }
+    }
+    match refused {
+        // Ports that cannot take it are passed over while others do, unless they are what was asked for.
+        Some(refused) if carriers.is_empty() && of_service => Err(refused),
+        Some(refused @ (ParentRefusal::Conflicted, _)) => Err(refused),
+        _ => Ok(carriers),
+    }
+}
+
+/// Whether two routes are of different kinds for the same clients and hostnames: only the older one counts.
+fn conflict(older: &Route, younger: &Route) -> bool {
+    let overlap = |a: &str, b: &str| match (a.strip_prefix('*'), b.strip_prefix('*')) {
+        (None, None) => a == b,
+        (Some(suffix), None) => b.ends_with(suffix),
+        (None, Some(suffix)) => a.ends_with(suffix),
+        (Some(one), Some(other)) => one.ends_with(other) || other.ends_with(one),
+    };
+    older.kind != younger.kind
+        && older.namespace == younger.namespace
+        && (older.hostnames.is_empty()
+            || younger.hostnames.is_empty()
+            || older.hostnames.iter().any(|a| younger.hostnames.iter().any(|b| overlap(a, b))))
+}
+
+/// A Service that is bound to a waypoint. A route of another namespace is for the clients of that one (consumer route).
 fn service_parent(
     index: &Index<'_>,
     bound: &Bound,
-    route: &Entry<'_, RouteFacts>,
     parent: &Parent,
-    out: &mut Output,
-) -> Vec<(Name, Name)> {
+) -> Result<Vec<Place>, (ParentRefusal, String)> {
     let service = (parent.namespace.clone(), parent.name.clone());
-    let refused = if parent.namespace != *route.namespace() {
-        "NotSupported: a route for a Service of another namespace (consumer route) cannot be honoured at the \
-         Service's waypoint: not attached"
-            .to_owned()
-    } else if !index.services.contains_key(&service) {
-        format!("NoMatchingParent: there is no Service {}/{}", service.0, service.1)
-    } else {
-        match bound.get(&service).map(|binding| &binding.gateway) {
-            Some(Some(gateway)) => return vec![(service, gateway.clone())],
-            Some(None) => "the Service's waypoint cannot be used, so the route has no effect".to_owned(),
-            None => "the Service is bound to no waypoint, so the route has no effect".to_owned(),
+    if !index.services.contains_key(&service) {
+        let text = format!("there is no Service {}/{}", service.0, service.1);
+        return Err((ParentRefusal::NoMatchingParent, text));
+    }
+    match bound.get(&service).map(|binding| &binding.gateway) {
+        Some(Some(gateway)) => Ok(vec![(service, gateway.clone())]),
+        Some(None) => {
+            let text = "the Service's waypoint cannot be used, so the route has no effect".to_owned();
+            Err((ParentRefusal::WaypointUnavailable, text))
         }
-    };
-    out.tell(Severity::Error, route.of(), &parent.field, refused);
-    Vec::new()
+        None => {
+            let text = "the Service is bound to no waypoint, so the route has no effect".to_owned();
+            Err((ParentRefusal::AncestorNotBound, text))
+        }
+    }
 }
 
 /// All services of the route's own namespace behind a waypoint: a route never catches another namespace's traffic.
@@ -143,49 +243,66 @@ fn gateway_parent(
     bound: &Bound,
     route: &Entry<'_, RouteFacts>,
     parent: &Parent,
-    out: &mut Output,
-) -> Vec<(Name, Name)> {
+) -> Result<Vec<Place>, (ParentRefusal, String)> {
     let name = (parent.namespace.clone(), parent.name.clone());
     let Some(gateway) = index.waypoints.get(&name) else {
-        let reason = format!("NoMatchingParent: there is no waypoint Gateway {}/{}", name.0, name.1);
-        out.tell(Severity::Error, route.of(), &parent.field, reason);
-        return Vec::new();
+        let text = format!("there is no waypoint Gateway {}/{}", name.0, name.1);
+        return Err((ParentRefusal::NoMatchingParent, text));
     };
-    if parent.port.is_some_and(|port| port != gateway.facts.port) {
-        let reason = format!("NoMatchingParent: Gateway {}/{} has no listener of that port", name.0, name.1);
-        out.tell(Severity::Error, route.of(), &format!("{}.port", parent.field), reason);
-        return Vec::new();
+    let facts = gateway.facts;
+    let listener = facts.listeners.iter().find(|listener| listener.serves);
+    let sectioned = parent
+        .section
+        .as_ref()
+        .is_none_or(|wanted| listener.is_some_and(|listener| listener.name == *wanted));
+    if parent.port.is_some_and(|port| port != facts.port) || !sectioned {
+        let text = format!("Gateway {}/{} has no such listener", name.0, name.1);
+        return Err((ParentRefusal::NoMatchingParent, text));
     }
     let own = name.0 == *route.namespace();
-    if !gateway.facts.allowed.admits(own, index.namespace(route.namespace())) {
-        let reason = "NotAllowedByListeners: allowedRoutes of the Gateway do not admit this namespace";
-        out.tell(Severity::Error, route.of(), &parent.field, reason);
-        return Vec::new();
+    if !facts.allowed.admits(own, index.namespace(route.namespace())) {
+        let text = "allowedRoutes of the Gateway do not admit this namespace".to_owned();
+        return Err((ParentRefusal::NotAllowedByListeners, text));
+    }
+    if listener.is_some_and(|listener| !listener.kinds.contains(&route.facts.kind)) {
+        let text = "allowedRoutes of the Gateway do not admit this kind".to_owned();
+        return Err((ParentRefusal::NotAllowedByListeners, text));
     }
     let behind = bound.iter().filter(|(service, binding)| {
         service.0 == *route.namespace() && binding.gateway.as_ref() == Some(&name)
     });
-    behind.map(|(service, _)| (service.clone(), name.clone())).collect()
+    Ok(behind.map(|(service, _)| (service.clone(), name.clone())).collect())
 }
 
-fn resolve(index: &Index<'_>, route: &Entry<'_, RouteFacts>, out: &mut Output) -> Route {
-    let RouteFacts { parents: _, hostnames, rules } = route.facts;
+/// The first backend that cannot be served.
+type Unresolved = Option<(BackendFault, String)>;
+
+fn resolve(index: &Index<'_>, route: &Entry<'_, RouteFacts>, out: &mut Output) -> (Route, Unresolved) {
+    let RouteFacts { kind, rejected: _, parents: _, hostnames, rules } = route.facts;
+    let mut unresolved = None;
     let rules = rules.iter().map(|rule| {
-        let RuleFacts { matches, backends, request_timeout, backend_timeout } = rule;
+        let RuleFacts { name, matches, filters, backends, request_timeout, backend_timeout } = rule;
         RouteRule {
+            name: name.clone(),
             matches: matches.clone(),
-            backends: backends.iter().map(|backend| backend_of(index, route, backend, out)).collect(),
+            filters: filters.clone().unwrap_or_default(),
+            backends: backends
+                .iter()
+                .map(|backend| backend_of(index, route, backend, &mut unresolved, out))
+                .collect(),
             request_timeout: *request_timeout,
             backend_timeout: *backend_timeout,
         }
     });
-    Route {
+    let resolved = Route {
+        kind: *kind,
         namespace: route.namespace().clone(),
         name: route.name().clone(),
         created: route.object.created,
         hostnames: hostnames.clone(),
         rules: rules.collect(),
-    }
+    };
+    (resolved, unresolved)
 }
 
 /// A backend that cannot be found keeps its share, which is answered with 500.
@@ -193,35 +310,55 @@ fn backend_of(
     index: &Index<'_>,
     route: &Entry<'_, RouteFacts>,
     backend: &BackendFacts,
+    unresolved: &mut Unresolved,
     out: &mut Output,
 ) -> Backend {
-    let BackendFacts { field, weight, target } = backend;
-    let target = target.clone().and_then(|(namespace, name, port)| {
-        let missing = || match index.services.get(&(namespace.clone(), name.clone())) {
-            None => Some(format!("BackendNotFound: there is no Service {namespace}/{name}")),
-            Some(service) if !service.facts.ports.iter().any(|candidate| candidate.port == port) => {
-                Some(format!("BackendNotFound: Service {namespace}/{name} has no port {port}"))
-            }
-            Some(_) => None,
-        };
-        let reason = if index.granted(route.namespace(), &namespace, &name) {
-            missing()
-        } else {
-            Some(format!(
-                "RefNotPermitted: no ReferenceGrant in {namespace} lets this route refer to Service {name}"
-            ))
-        };
-        match reason {
-            None => {
-                let service = index.service_key(&namespace, &name);
-                Ok(BackendTarget { service, port, subject_alt_names: Vec::new() })
-            }
-            Some(reason) => {
-                let told = format!("{reason}: its share of the requests is answered with 500");
-                out.tell(Severity::Error, route.of(), field, told);
-                Err(reason.into())
-            }
-        }
+    let BackendFacts { field, weight, filters, target } = backend;
+    let found = target.clone().and_then(|(namespace, name, port)| {
+        target_of(index, route, namespace, name, port).inspect_err(|Broken { fault, text }| {
+            let told = format!("{}: {text}: its share of the requests is answered with 500", fault.reason());
+            out.tell(Severity::Error, route.of(), field, told);
+        })
     });
-    Backend { weight: *weight, target }
+    if let Err(Broken { fault, text }) = &found
+        && *fault != BackendFault::UnsupportedValue
+    {
+        unresolved.get_or_insert_with(|| (*fault, format!("{field}: {text}")));
+    }
+    let target = found.map_err(|Broken { fault, text }| format!("{}: {text}", fault.reason()).into());
+    Backend { weight: *weight, filters: filters.clone(), target }
+}
+
+fn target_of(
+    index: &Index<'_>,
+    route: &Entry<'_, RouteFacts>,
+    namespace: Arc<str>,
+    name: Arc<str>,
+    port: u16,
+) -> Result<BackendTarget, Broken> {
+    let broken = |fault: BackendFault, text: String| Err(Broken { fault, text: text.into() });
+    // What a consumer's clients asked for anyway needs nobody's permission.
+    let parent = |parent: &Parent| {
+        parent.kind == ParentKind::Service && parent.namespace == namespace && parent.name == name
+    };
+    let permitted = index.granted(route.facts.kind, route.namespace(), &namespace, &name)
+        || route.facts.parents.iter().any(parent);
+    if !permitted {
+        let text = format!("no ReferenceGrant in {namespace} lets this route refer to Service {name}");
+        return broken(BackendFault::RefNotPermitted, text);
+    }
+    let Some(service) = index.services.get(&(namespace.clone(), name.clone())) else {
+        return broken(BackendFault::BackendNotFound, format!("there is no Service {namespace}/{name}"));
+    };
+    let Some(declared) = service.facts.ports.iter().find(|candidate| candidate.port == port) else {
+        let text = format!("Service {namespace}/{name} has no port {port}");
+        return broken(BackendFault::BackendNotFound, text);
+    };
+    Ok(BackendTarget {
+        service: index.service_key(&namespace, &name),
+        port,
+        // Whatever the port is declared as: gRPC is HTTP/2.
+        http2: declared.http2 || route.facts.kind == RouteKind::Grpc,
+        subject_alt_names: Vec::new(),
+    })
 }

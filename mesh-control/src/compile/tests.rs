@@ -387,7 +387,8 @@ fn routes_attach_to_the_ports_of_bound_services() {
         (route("r", "shop", &format!("{{{cart}, port: 99}}")), none, "NoMatchingParent"),
         (route("r", "shop", "{group: '', kind: Service, name: gone}"), none, "NoMatchingParent"),
         (route("r", "shop", "{group: '', kind: Service, name: plain}"), none, "bound to no waypoint"),
-        (route("r", "bank", &format!("{{{cart}, namespace: shop}}")), none, "consumer route"),
+        // A consumer route: for clients of its own namespace.
+        (route("r", "bank", &format!("{{{cart}, namespace: shop}}")), all, ""),
         (route("r", "shop", "{name: gw}"), all, ""),
         (route("r", "shop", "{name: gw, port: 15008}"), all, ""),
         (route("r", "shop", "{name: gw, port: 80}"), none, "NoMatchingParent"),

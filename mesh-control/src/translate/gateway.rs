@@ -1,17 +1,40 @@
-//! Gateways of the waypoint classes, and ReferenceGrants.
+//! GatewayClasses, Gateways of the waypoint classes, and ReferenceGrants.
 
 use std::sync::Arc;
 
-use super::{Labels, Report};
-use crate::source::{
-    Object,
-    kinds::{AllowedRoutes, GatewaySpec, GatewayStatus, LabelExpression, LabelSelector, ReferenceGrantSpec},
+use mesh_core::model::RouteKind;
+
+use super::{Fragment, Labels, Report};
+use crate::{
+    source::{
+        Object,
+        kinds::{
+            AllowedKind, AllowedRoutes, GatewayClassSpec, GatewayListener, GatewaySpec, GatewayStatus,
+            Infrastructure, LabelExpression, LabelSelector, ReferenceGrantSpec,
+        },
+    },
+    status::object::CONTROLLER,
 };
 
 /// Classes whose Gateways are waypoints.
 pub const WAYPOINT_CLASSES: &[&str] = &["istio-waypoint", "undermesh-waypoint"];
 /// Port on which a waypoint takes tunnels unless its listener says otherwise.
 pub const WAYPOINT_PORT: u16 = 15008;
+
+/// What a GatewayClass says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassFacts {
+    /// Its Gateways are ours.
+    pub ours: bool,
+    /// It names parameters.
+    pub parameters: bool,
+}
+
+/// Translates a GatewayClass.
+pub fn class(spec: &GatewayClassSpec) -> ClassFacts {
+    let GatewayClassSpec { controller_name, description: _, parameters_ref } = spec;
+    ClassFacts { ours: controller_name == CONTROLLER, parameters: parameters_ref.is_some() }
+}
 
 /// What a waypoint Gateway says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +49,33 @@ pub struct WaypointFacts {
     pub allowed: Allowed,
     /// Whether its status has addresses.
     pub has_address: bool,
+    /// `metadata.uid`; empty where the source has none.
+    pub uid: Arc<str>,
+    /// Its listeners, in order.
+    pub listeners: Vec<ListenerFacts>,
+    /// Labels of the objects that are made for it.
+    pub labels: Labels,
+    /// Annotations of the objects that are made for it.
+    pub annotations: Labels,
+    /// It asks for parameters, which are not read.
+    pub parameters: bool,
+}
+
+/// One listener of a waypoint Gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerFacts {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its port.
+    pub port: u16,
+    /// It is the one that takes tunnels.
+    pub serves: bool,
+    /// Its protocol, when no waypoint has that.
+    pub unsupported: Option<Arc<str>>,
+    /// Kinds of routes that it takes.
+    pub kinds: Vec<RouteKind>,
+    /// `allowedRoutes.kinds` has kinds that are none of these.
+    pub invalid_kinds: bool,
 }
 
 /// `istio.io/waypoint-for`.
@@ -106,18 +156,18 @@ impl Allowed {
     }
 }
 
-/// Translates a Gateway; `None` for other classes.
-pub fn waypoint(
+/// Translates a Gateway.
+pub fn gateway(
     object: &Object,
     spec: &GatewaySpec,
     status: &GatewayStatus,
     report: &mut Report<'_>,
-) -> Option<WaypointFacts> {
+) -> Fragment {
     let GatewaySpec {
         gateway_class_name,
         listeners,
         addresses,
-        infrastructure: _,
+        infrastructure,
         allowed_listeners: _,
         tls: _,
         default_scope: _,
@@ -126,7 +176,7 @@ pub fn waypoint(
         let reason =
             format!("class {gateway_class_name:.80?} is not a waypoint class: the Gateway has no effect");
         report.info("spec.gatewayClassName", reason);
-        return None;
+        return Fragment::OtherGateway(gateway_class_name.as_str().into());
     }
     if addresses.is_some() {
         report.warn("spec.addresses", "waypoints get their address from their Service; ignored");
@@ -142,12 +192,6 @@ pub fn waypoint(
             Takes::Service
         }
     };
-    if takes.workloads() {
-        report.warn(
-            "metadata.labels",
-            "traffic addressed to workloads is sent to the waypoint, which does not serve it yet: it is refused",
-        );
-    }
     let listener = listeners.iter().enumerate().find(|(_, listener)| listener.protocol == "HBONE");
     if listener.is_none() {
         report.error(
@@ -163,13 +207,69 @@ pub fn waypoint(
         Some((_, listener)) if listener.port != 0 => listener.port,
         _ => WAYPOINT_PORT,
     };
-    Some(WaypointFacts {
+    let Infrastructure { labels, annotations, parameters_ref } = infrastructure.clone().unwrap_or_default();
+    if parameters_ref.is_some() {
+        report.warn("spec.infrastructure.parametersRef", "not supported yet: has no effect");
+    }
+    let serving = listener.map(|(index, _)| index);
+    let listeners = listeners.iter().enumerate();
+    Fragment::Waypoint(Box::new(WaypointFacts {
         class: gateway_class_name.as_str().into(),
         port,
         takes,
         allowed: allowed.unwrap_or(Allowed::Same),
         has_address: !status.addresses.is_empty(),
-    })
+        uid: object.meta.uid.as_deref().unwrap_or_default().into(),
+        listeners: listeners.map(|(i, given)| listener_of(i, given, serving == Some(i), report)).collect(),
+        labels,
+        annotations,
+        parameters: parameters_ref.is_some(),
+    }))
+}
+
+fn listener_of(
+    index: usize,
+    given: &GatewayListener,
+    serves: bool,
+    report: &mut Report<'_>,
+) -> ListenerFacts {
+    let GatewayListener { name, hostname: _, port, protocol, tls: _, allowed_routes } = given;
+    if !serves {
+        let reason = format!(
+            "UnsupportedProtocol: {protocol:.80?}: a waypoint has one listener of protocol HBONE; this one is not served"
+        );
+        report.warn(format!("spec.listeners[{index}].protocol"), reason);
+    }
+    let given = allowed_routes.iter().flat_map(|routes| &routes.kinds);
+    let known: Vec<_> = given.map(kind_of).collect();
+    let invalid_kinds = known.iter().any(Option::is_none);
+    if invalid_kinds {
+        let reason = "InvalidRouteKinds: a waypoint takes HTTPRoute and GRPCRoute";
+        report.warn(format!("spec.listeners[{index}].allowedRoutes.kinds"), reason);
+    }
+    let mut kinds: Vec<RouteKind> = known.iter().copied().flatten().collect();
+    if known.is_empty() {
+        kinds = vec![RouteKind::Http, RouteKind::Grpc];
+    }
+    kinds.sort_unstable();
+    kinds.dedup();
+    ListenerFacts {
+        name: name.as_str().into(),
+        port: *port,
+        serves,
+        unsupported: (protocol != "HBONE").then(|| protocol.as_str().into()),
+        kinds,
+        invalid_kinds,
+    }
+}
+
+fn kind_of(AllowedKind { group, kind }: &AllowedKind) -> Option<RouteKind> {
+    let ours = group.as_deref().is_none_or(|group| group == "gateway.networking.k8s.io");
+    match kind.as_str() {
+        "HTTPRoute" if ours => Some(RouteKind::Http),
+        "GRPCRoute" if ours => Some(RouteKind::Grpc),
+        _ => None,
+    }
 }
 
 /// What cannot be understood admits nobody but the own namespace.
@@ -214,19 +314,21 @@ fn checked(selector: &LabelSelector) -> Result<LabelSelectorFacts, String> {
 /// What a ReferenceGrant says: who may refer to Services of its namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrantFacts {
-    /// Namespaces whose HTTPRoutes may refer.
-    pub from: Vec<Arc<str>>,
+    /// Kinds of routes and their namespaces that may refer.
+    pub from: Vec<(RouteKind, Arc<str>)>,
     /// To which Services; `None` = all.
     pub to: Vec<Option<Arc<str>>>,
 }
 
 /// Translates a ReferenceGrant.
 pub fn grant(spec: &ReferenceGrantSpec) -> GrantFacts {
-    let from =
-        spec.from.iter().filter(|from| from.group == "gateway.networking.k8s.io" && from.kind == "HTTPRoute");
+    let from = spec.from.iter().filter_map(|from| {
+        let kind = AllowedKind { group: Some(from.group.clone()), kind: from.kind.clone() };
+        Some((kind_of(&kind)?, Arc::from(from.namespace.as_str())))
+    });
     let to = spec.to.iter().filter(|to| (to.group.is_empty() || to.group == "core") && to.kind == "Service");
     GrantFacts {
-        from: from.map(|from| from.namespace.as_str().into()).collect(),
+        from: from.collect(),
         to: to.map(|to| to.name.as_deref().filter(|name| !name.is_empty()).map(Arc::from)).collect(),
     }
 }
@@ -243,7 +345,7 @@ mod tests {
         let got = translated(&yaml);
         let problems = got.problems.len();
         match got.fragment {
-            Fragment::Waypoint(facts) => (Some(facts), problems),
+            Fragment::Waypoint(facts) => (Some(*facts), problems),
             _ => (None, problems),
         }
     }
@@ -254,8 +356,8 @@ mod tests {
         for (label, takes, problems) in [
             ("", Takes::Service, 0),
             ("istio.io/waypoint-for: service", Takes::Service, 0),
-            ("istio.io/waypoint-for: all", Takes::All, 1),
-            ("istio.io/waypoint-for: workload", Takes::Workload, 1),
+            ("istio.io/waypoint-for: all", Takes::All, 0),
+            ("istio.io/waypoint-for: workload", Takes::Workload, 0),
             ("istio.io/waypoint-for: none", Takes::Nothing, 0),
             ("istio.io/waypoint-for: x", Takes::Service, 1),
         ] {
@@ -309,7 +411,7 @@ mod tests {
         let got = translated(
             "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: g}\nspec: {gatewayClassName: nginx}\n",
         );
-        assert_eq!(got.fragment, Fragment::Nothing);
+        assert_eq!(got.fragment, Fragment::OtherGateway("nginx".into()));
         assert_eq!(got.problems.len(), 1);
     }
 }

@@ -1,20 +1,25 @@
-//! HTTPRoutes.
+//! HTTPRoutes and GRPCRoutes.
 //!
-//! A route with a value that cannot be understood is inert as a whole; a filter that cannot be applied makes its rule
+//! A route with a value that cannot be understood is inert as a whole, and says so; a filter that cannot be applied makes its rule
 //! (or its backend's share) answer with an error, because skipping it would send requests on unchanged.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use mesh_core::model::route::{HeaderMatch, PathMatch, RequestMatch, ValueMatch};
+use mesh_core::model::route::{Filters, HeaderMatch, PathMatch, RequestMatch, RouteKind, ValueMatch};
 
 use super::Report;
 use crate::source::{
     Object,
     kinds::{
         BackendRef, HttpPathMatch, HttpRouteMatch, HttpRouteRule, HttpRouteSpec, HttpValueMatch, ParentRef,
-        RouteTimeouts,
+        RouteFilter, RouteTimeouts,
     },
 };
+
+pub mod filters;
+pub mod grpc;
+
+use filters::Offered;
 
 /// Most rules of a route, and most matches of all its rules (`semantics.md` D19).
 const MAX_RULES: usize = 16;
@@ -26,9 +31,13 @@ const MAX_VALUE_BYTES: usize = 4096;
 /// Largest weight (Gateway API).
 const MAX_WEIGHT: i64 = 1_000_000;
 
-/// What an HTTPRoute says.
+/// What an HTTPRoute or GRPCRoute says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteFacts {
+    /// Which of the two.
+    pub kind: RouteKind,
+    /// Why it is inert: a value that cannot be understood.
+    pub rejected: Option<Arc<str>>,
     /// What it attaches to.
     pub parents: Vec<Parent>,
     /// Host names; empty = all.
@@ -42,12 +51,14 @@ pub struct RouteFacts {
 pub struct Parent {
     /// `spec.parentRefs[n]`.
     pub field: String,
-    /// A Service, or a waypoint Gateway.
+    /// A Service, or a Gateway.
     pub kind: ParentKind,
     /// Its namespace.
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
+    /// Only the port of a Service, or listener of a Gateway, of that name.
+    pub section: Option<Arc<str>>,
     /// Only this port of it.
     pub port: Option<u16>,
 }
@@ -57,15 +68,19 @@ pub struct Parent {
 pub enum ParentKind {
     /// A Service.
     Service,
-    /// A waypoint Gateway.
+    /// A Gateway.
     Gateway,
 }
 
 /// One rule, its backends still by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleFacts {
+    /// Its name.
+    pub name: Option<Arc<str>>,
     /// OR; never empty.
     pub matches: Vec<RequestMatch>,
+    /// What is done to its requests and responses; or why nothing can be served by it.
+    pub filters: Result<Filters, Arc<str>>,
     /// Where to.
     pub backends: Vec<BackendFacts>,
     /// `timeouts.request`.
@@ -81,39 +96,96 @@ pub struct BackendFacts {
     pub field: String,
     /// Its share.
     pub weight: u32,
+    /// What is done to its share.
+    pub filters: Filters,
     /// Namespace, name and port of the Service; or why it cannot be served.
-    pub target: Result<(Arc<str>, Arc<str>, u16), Arc<str>>,
+    pub target: Result<(Arc<str>, Arc<str>, u16), Broken>,
 }
 
-/// Translates an HTTPRoute; `None` when it is inert.
-pub fn route(object: &Object, spec: &HttpRouteSpec, report: &mut Report<'_>) -> Option<RouteFacts> {
+/// Why a backend cannot be served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// What is wrong.
+    pub fault: BackendFault,
+    /// For people.
+    pub text: Arc<str>,
+}
+
+/// What can be wrong with a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BackendFault {
+    /// Not a Service.
+    InvalidKind,
+    /// No ReferenceGrant.
+    RefNotPermitted,
+    /// There is no such Service or port.
+    BackendNotFound,
+    /// A filter of it cannot be applied.
+    UnsupportedValue,
+}
+
+impl BackendFault {
+    /// The reason in conditions.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::InvalidKind => "InvalidKind",
+            Self::RefNotPermitted => "RefNotPermitted",
+            Self::BackendNotFound => "BackendNotFound",
+            Self::UnsupportedValue => "UnsupportedValue",
+        }
+    }
+}
+
+/// Translates an HTTPRoute.
+pub fn route(object: &Object, spec: &HttpRouteSpec, report: &mut Report<'_>) -> RouteFacts {
     let HttpRouteSpec { parent_refs, hostnames, rules, use_default_gateways: _ } = spec;
-    let parents = parent_refs
+    // The API server's default for an omitted list is one rule that matches everything.
+    let default = vec![HttpRouteRule::default()];
+    let rules = rules.as_ref().unwrap_or(&default);
+    let sizes = rules.iter().map(|rule| rule.matches.len());
+    let mut facts = common_of(object, RouteKind::Http, parent_refs, hostnames, sizes, report);
+    facts.rules = rules
         .iter()
         .enumerate()
-        .filter_map(|(i, parent)| parent_of(object, i, parent, report))
+        .map(|(i, rule)| rule_of(object, rule, &format!("spec.rules[{i}]"), report))
         .collect();
+    facts.finish(report)
+}
+
+impl RouteFacts {
+    /// Inert when something of it cannot be understood.
+    fn finish(mut self, report: &Report<'_>) -> Self {
+        self.rejected = report.first_error().map(Arc::from);
+        self
+    }
+}
+
+/// What both kinds of routes have; `sizes` are the numbers of matches of their rules.
+fn common_of(
+    object: &Object,
+    kind: RouteKind,
+    parents: &[ParentRef],
+    hostnames: &[String],
+    sizes: impl ExactSizeIterator<Item = usize>,
+    report: &mut Report<'_>,
+) -> RouteFacts {
+    let parents =
+        parents.iter().enumerate().filter_map(|(i, parent)| parent_of(object, i, parent, report)).collect();
     for (i, hostname) in hostnames.iter().enumerate() {
         if !is_hostname(hostname) {
             report.error(format!("spec.hostnames[{i}]"), format!("{hostname:.80?} is not a host name"));
         }
     }
-    // The API server's default for an omitted list is one rule that matches everything.
-    let default = vec![HttpRouteRule::default()];
-    let rules = rules.as_ref().unwrap_or(&default);
-    let matches: usize = rules.iter().map(|rule| rule.matches.len()).sum();
-    if rules.len() > MAX_RULES || matches > MAX_MATCHES {
+    if sizes.len() > MAX_RULES || sizes.sum::<usize>() > MAX_MATCHES {
         report.error("spec.rules", format!("more than {MAX_RULES} rules or {MAX_MATCHES} matches"));
-        return None;
     }
-    let rules =
-        rules.iter().enumerate().map(|(i, rule)| rule_of(object, rule, &format!("spec.rules[{i}]"), report));
-    let facts = RouteFacts {
+    RouteFacts {
+        kind,
+        rejected: None,
         parents,
         hostnames: hostnames.iter().map(|name| name.to_ascii_lowercase().into()).collect(),
-        rules: rules.collect(),
-    };
-    (!report.failed()).then_some(facts)
+        rules: Vec::new(),
+    }
 }
 
 fn parent_of(object: &Object, index: usize, parent: &ParentRef, report: &mut Report<'_>) -> Option<Parent> {
@@ -131,12 +203,9 @@ fn parent_of(object: &Object, index: usize, parent: &ParentRef, report: &mut Rep
             return None;
         }
     };
-    if section_name.is_some() && kind == ParentKind::Service {
-        report.warn(format!("{field}.sectionName"), "has no meaning for a Service; use port: not attached");
-        return None;
-    }
     let namespace = namespace.as_deref().unwrap_or(&object.key.namespace).into();
-    Some(Parent { field, kind, namespace, name: name.as_str().into(), port: *port })
+    let section = section_name.as_deref().map(Arc::from);
+    Some(Parent { field, kind, namespace, name: name.as_str().into(), section, port: *port })
 }
 
 /// Whether `text` is a host name, maybe with a first label `*`.
@@ -152,29 +221,17 @@ fn is_hostname(text: &str) -> bool {
 }
 
 fn rule_of(object: &Object, rule: &HttpRouteRule, at: &str, report: &mut Report<'_>) -> RuleFacts {
-    let HttpRouteRule { name: _, matches, filters, backend_refs, timeouts, retry, session_persistence } =
-        rule;
+    let HttpRouteRule { name, matches, filters, backend_refs, timeouts, retry, session_persistence } = rule;
     for (field, value) in [("retry", retry), ("sessionPersistence", session_persistence)] {
         if value.is_some() {
             report.warn(format!("{at}.{field}"), "not supported yet: has no effect");
         }
     }
-    let mut backends: Vec<BackendFacts> = backend_refs
-        .iter()
-        .enumerate()
-        .map(|(i, backend)| backend_of(object, backend, format!("{at}.backendRefs[{i}]"), report))
-        .collect();
-    if let Some(filter) = filters.first() {
-        let kind = &filter.kind;
-        let reason =
-            format!("filter {kind:.60} is not supported yet: requests of this rule are answered with 500");
-        report.warn(format!("{at}.filters[0]"), reason.as_str());
-        backends =
-            vec![BackendFacts { field: at.to_owned(), weight: 1, target: Err(reason.as_str().into()) }];
-    }
     let matches = if matches.is_empty() { vec![HttpRouteMatch::default()] } else { matches.clone() };
-    let matches =
+    let matches: Vec<_> =
         matches.iter().enumerate().map(|(i, m)| match_of(m, &format!("{at}.matches[{i}]"), report)).collect();
+    let (filters, backends) =
+        backends_of(object, Offered::Http, &matches, (filters, backend_refs), at, report);
     let RouteTimeouts { request, backend_request } = timeouts.clone().unwrap_or_default();
     let mut timeout = |field: &str, text: Option<String>| {
         let text = text?;
@@ -195,35 +252,81 @@ fn rule_of(object: &Object, rule: &HttpRouteRule, at: &str, report: &mut Report<
     {
         report.error(format!("{at}.timeouts.backendRequest"), "must not be longer than request");
     }
-    RuleFacts { matches, backends, request_timeout, backend_timeout }
+    let name = name.as_deref().map(Arc::from);
+    RuleFacts { name, matches, filters, backends, request_timeout, backend_timeout }
 }
 
-fn backend_of(object: &Object, backend: &BackendRef, field: String, report: &mut Report<'_>) -> BackendFacts {
-    let BackendRef { group, kind, namespace, name, port, weight, filters } = backend;
+/// Filters and backends of a rule. With a filter that cannot be applied the rule has one backend, which answers with
+/// an error: nothing passes it unfiltered.
+fn backends_of(
+    object: &Object,
+    offered: Offered,
+    matches: &[RequestMatch],
+    (given, backend_refs): (&[RouteFilter], &[BackendRef]),
+    at: &str,
+    report: &mut Report<'_>,
+) -> (Result<Filters, Arc<str>>, Vec<BackendFacts>) {
+    let paths: Vec<PathMatch> = matches.iter().map(|item| item.path.clone()).collect();
+    let backends = backend_refs
+        .iter()
+        .enumerate()
+        .map(|(i, backend)| {
+            let field = format!("{at}.backendRefs[{i}]");
+            backend_of(object, backend, (offered, &paths), field, report)
+        })
+        .collect();
+    match filters::read(given, &paths, offered) {
+        Ok(filters) => (Ok(filters), backends),
+        Err(filters::Refused { field, reason }) => {
+            let text = format!("UnsupportedValue: {reason}: requests of this rule are answered with 500");
+            report.warn(format!("{at}.filters{field}"), text);
+            let broken = Broken { fault: BackendFault::UnsupportedValue, text: reason.as_str().into() };
+            let filters = Filters::default();
+            let only = BackendFacts { field: at.to_owned(), weight: 1, filters, target: Err(broken) };
+            (Err(reason.into()), vec![only])
+        }
+    }
+}
+
+fn backend_of(
+    object: &Object,
+    backend: &BackendRef,
+    (offered, paths): (Offered, &[PathMatch]),
+    field: String,
+    report: &mut Report<'_>,
+) -> BackendFacts {
+    let BackendRef { group, kind, namespace, name, port, weight, filters: given } = backend;
     let weight = weight.unwrap_or(1);
     if !(0..=MAX_WEIGHT).contains(&weight) {
         report.error(format!("{field}.weight"), format!("must be between 0 and {MAX_WEIGHT}"));
     }
     let weight = u32::try_from(weight).unwrap_or(0);
-    let mut invalid = |at: &str, reason: String| {
-        report.warn(
-            format!("{field}{at}"),
-            format!("{reason}: its share of the requests is answered with 500"),
-        );
-        Err(Arc::from(reason))
+    let mut broken = |at: &str, fault: BackendFault, text: String| {
+        let told = format!("{}: {text}: its share of the requests is answered with 500", fault.reason());
+        report.warn(format!("{field}{at}"), told);
+        Broken { fault, text: text.into() }
     };
+    let read = filters::read(given, paths, offered);
     let target = match (group.as_deref().unwrap_or_default(), kind.as_deref().unwrap_or("Service"), port) {
-        _ if !filters.is_empty() => {
-            invalid(".filters", "filters of a backend are not supported yet".to_owned())
-        }
         ("" | "core", "Service", Some(port)) => {
             let namespace = namespace.as_deref().unwrap_or(&object.key.namespace);
             Ok((namespace.into(), name.as_str().into(), *port))
         }
-        ("" | "core", "Service", None) => invalid(".port", "a Service needs a port".to_owned()),
-        (group, kind, _) => invalid("", format!("InvalidKind: {kind:.80?} of group {group:.80?}")),
+        ("" | "core", "Service", None) => {
+            Err(broken(".port", BackendFault::BackendNotFound, "a Service needs a port".to_owned()))
+        }
+        (group, kind, _) => {
+            Err(broken("", BackendFault::InvalidKind, format!("{kind:.80?} of group {group:.80?}")))
+        }
     };
-    BackendFacts { field, weight, target }
+    let (filters, target) = match read {
+        Ok(filters) => (filters, target),
+        Err(filters::Refused { field: at, reason }) => {
+            let broken = broken(&format!(".filters{at}"), BackendFault::UnsupportedValue, reason);
+            (Filters::default(), Err(broken))
+        }
+    };
+    BackendFacts { field, weight, filters, target }
 }
 
 fn match_of(given: &HttpRouteMatch, at: &str, report: &mut Report<'_>) -> RequestMatch {
@@ -354,7 +457,7 @@ mod tests {
         let got = translated(&yaml);
         let fields = got.problems.iter().map(|problem| problem.field.clone()).collect();
         match got.fragment {
-            Fragment::Route(facts) => (Some(facts), fields),
+            Fragment::Route(facts) if facts.rejected.is_none() => (Some(facts), fields),
             _ => (None, fields),
         }
     }
@@ -442,9 +545,9 @@ mod tests {
         assert_eq!((backends[0].weight, fields.len()), (3, 3));
         let (facts, fields) =
             route_of("{rules: [{filters: [{type: URLRewrite}], backendRefs: [{name: a, port: 80}]}]}");
-        let backends = &facts.unwrap().rules[0].backends;
-        assert!(backends.len() == 1 && backends[0].target.is_err());
-        assert_eq!(fields, ["spec.rules[0].filters[0]"]);
+        let rule = &facts.unwrap().rules[0];
+        assert!(rule.backends.len() == 1 && rule.backends[0].target.is_err() && rule.filters.is_err());
+        assert_eq!(fields, ["spec.rules[0].filters[0].urlRewrite"]);
     }
 
     #[test]

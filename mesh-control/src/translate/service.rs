@@ -43,6 +43,8 @@ pub struct PortFacts {
     pub target: Target,
     /// What it speaks, as far as it is declared.
     pub protocol: Protocol,
+    /// It is declared to speak HTTP/2 with prior knowledge.
+    pub http2: bool,
 }
 
 /// Port of the pods behind a service port.
@@ -153,14 +155,19 @@ fn port_of(index: usize, port: &KubernetesPort, report: &mut Report<'_>) -> Opti
         port: number,
         target,
         protocol: declared(app_protocol.as_deref(), name),
+        http2: matches!(declared_text(app_protocol.as_deref(), name).as_str(), "http2" | "grpc" | "h2c"),
     })
 }
 
 /// `appProtocol` wins over the prefix of the port's name, as in Istio.
+fn declared_text(app_protocol: Option<&str>, name: &str) -> String {
+    let text = app_protocol.unwrap_or_else(|| name.split('-').next().unwrap_or_default());
+    let text = text.to_ascii_lowercase();
+    text.strip_prefix("kubernetes.io/").map(str::to_owned).unwrap_or(text)
+}
+
 fn declared(app_protocol: Option<&str>, name: &str) -> Protocol {
-    let text =
-        app_protocol.unwrap_or_else(|| name.split('-').next().unwrap_or_default()).to_ascii_lowercase();
-    match text.strip_prefix("kubernetes.io/").unwrap_or(&text) {
+    match declared_text(app_protocol, name).as_str() {
         "http" | "http2" | "grpc" | "h2c" | "ws" => Protocol::Http,
         "tcp" | "tls" | "https" | "wss" | "mongo" | "mysql" | "redis" | "postgres" => Protocol::Tcp,
         _ if name.starts_with("grpc-web") => Protocol::Http,
@@ -243,13 +250,15 @@ mod tests {
                     name: "http".into(),
                     port: 80,
                     target: Target::Name("web".into()),
-                    protocol: Protocol::Http
+                    protocol: Protocol::Http,
+                    http2: false
                 },
                 PortFacts {
                     name: "db".into(),
                     port: 3306,
                     target: Target::Number(3306),
-                    protocol: Protocol::Undeclared
+                    protocol: Protocol::Undeclared,
+                    http2: false
                 },
             ]
         );

@@ -32,12 +32,23 @@ pub struct Listener {
     pub routes: Vec<Route>,
 }
 
-/// One HTTPRoute.
+/// Which object a route was written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum RouteKind {
+    /// HTTPRoute.
+    Http,
+    /// GRPCRoute: a service and method are the path `/service/method`.
+    Grpc,
+}
+
+/// One HTTPRoute or GRPCRoute.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Route {
-    /// Namespace of the HTTPRoute object.
+    /// Which of the two.
+    pub kind: RouteKind,
+    /// Namespace of the object.
     pub namespace: Arc<str>,
-    /// Name of the HTTPRoute object.
+    /// Name of the object.
     pub name: Arc<str>,
     /// Creation time in seconds since the epoch; the older route wins ties.
     pub created: i64,
@@ -50,8 +61,12 @@ pub struct Route {
 /// One rule: any match, then backends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RouteRule {
+    /// Name of the rule, where it has one.
+    pub name: Option<Arc<str>>,
     /// OR; never empty (Gateway API defaults to the path prefix `/`).
     pub matches: Vec<RequestMatch>,
+    /// What is done to its requests and responses.
+    pub filters: Filters,
     /// By weight; empty or all zero: 500 (`semantics.md` D9).
     pub backends: Vec<Backend>,
     /// `timeouts.request`: whole exchange; `None` = no limit.
@@ -107,6 +122,8 @@ pub enum ValueMatch {
 pub struct Backend {
     /// Share of the sum of weights.
     pub weight: u32,
+    /// What is done to requests of this share, and their responses, beside the rule's filters.
+    pub filters: Filters,
     /// Where to; `Err` = reference that cannot be resolved: its share answers 500.
     pub target: Result<BackendTarget, Arc<str>>,
 }
@@ -118,6 +135,73 @@ pub struct BackendTarget {
     pub service: ServiceKey,
     /// Its service port.
     pub port: u16,
+    /// It speaks HTTP/2 with prior knowledge, whatever the client speaks; else it is spoken to as the client speaks.
+    pub http2: bool,
     /// Identities accepted beside each endpoint's own.
     pub subject_alt_names: Vec<Identity>,
+}
+
+/// Changes to requests and responses; each kind at most once, as in the Gateway API.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Filters {
+    /// Header fields towards the application.
+    pub request: HeaderEdit,
+    /// Header fields towards the client.
+    pub response: HeaderEdit,
+    /// The request goes to another host or path.
+    pub rewrite: Option<Rewrite>,
+    /// The client is sent elsewhere: there is no upstream.
+    pub redirect: Option<Redirect>,
+}
+
+/// What is done to header fields, in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HeaderEdit {
+    /// Taken away; lower case.
+    pub remove: Vec<Arc<str>>,
+    /// Name in lower case and value; replaces all values.
+    pub set: Vec<(Arc<str>, Arc<str>)>,
+    /// Name in lower case and value; beside other values.
+    pub add: Vec<(Arc<str>, Arc<str>)>,
+}
+
+impl HeaderEdit {
+    /// Whether it does nothing.
+    pub fn is_empty(&self) -> bool {
+        let Self { remove, set, add } = self;
+        remove.is_empty() && set.is_empty() && add.is_empty()
+    }
+}
+
+/// `URLRewrite`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Rewrite {
+    /// The new authority.
+    pub hostname: Option<Arc<str>>,
+    /// The new path.
+    pub path: Option<PathEdit>,
+}
+
+/// `RequestRedirect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Redirect {
+    /// `http` or `https`; `None` = the request's.
+    pub scheme: Option<Arc<str>>,
+    /// `None` = the request's.
+    pub hostname: Option<Arc<str>>,
+    /// `None` = the request's.
+    pub path: Option<PathEdit>,
+    /// `None` = the scheme's, or the listener's.
+    pub port: Option<u16>,
+    /// 301, 302, 303, 307 or 308.
+    pub status: u16,
+}
+
+/// A change of a path; the query stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub enum PathEdit {
+    /// The whole path.
+    Full(Arc<str>),
+    /// The prefix that the rule matched.
+    Prefix(Arc<str>),
 }

@@ -9,6 +9,10 @@ use crate::{
     model::{self, route::BackendTarget},
 };
 
+mod filters;
+
+pub use filters::{Field, Filters, HeaderEdit, PathEdit, Redirect, Rewrite, path_edit};
+
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WaypointConfig {
     #[prost(string, tag = "1")]
@@ -46,6 +50,8 @@ pub struct Route {
     pub hostnames: Vec<String>,
     #[prost(message, repeated, tag = "5")]
     pub rules: Vec<RouteRule>,
+    #[prost(bool, tag = "6")]
+    pub grpc: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -58,6 +64,10 @@ pub struct RouteRule {
     pub request_timeout_ms: Option<u64>,
     #[prost(uint64, optional, tag = "4")]
     pub backend_timeout_ms: Option<u64>,
+    #[prost(message, optional, tag = "5")]
+    pub filters: Option<Filters>,
+    #[prost(string, optional, tag = "6")]
+    pub name: Option<String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -108,6 +118,8 @@ pub struct Backend {
     pub weight: u32,
     #[prost(oneof = "backend::Target", tags = "2, 3")]
     pub target: Option<backend::Target>,
+    #[prost(message, optional, tag = "4")]
+    pub filters: Option<Filters>,
 }
 
 pub mod backend {
@@ -130,6 +142,8 @@ pub struct ServiceTarget {
     pub port: u32,
     #[prost(string, repeated, tag = "3")]
     pub subject_alt_names: Vec<String>,
+    #[prost(bool, tag = "4")]
+    pub http2: bool,
 }
 
 fn service_key(text: &str) -> Result<ServiceKey, Malformed> {
@@ -169,8 +183,9 @@ fn listener(message: Listener) -> Result<model::Listener, Malformed> {
 }
 
 fn route(message: Route) -> Result<model::Route, Malformed> {
-    let Route { namespace, name, created, hostnames, rules } = message;
+    let Route { namespace, name, created, hostnames, rules, grpc } = message;
     Ok(model::Route {
+        kind: if grpc { model::RouteKind::Grpc } else { model::RouteKind::Http },
         namespace: namespace.into(),
         name: name.into(),
         created,
@@ -180,16 +195,28 @@ fn route(message: Route) -> Result<model::Route, Malformed> {
 }
 
 fn rule(message: RouteRule) -> Result<model::RouteRule, Malformed> {
-    let RouteRule { matches, backends, request_timeout_ms, backend_timeout_ms } = message;
+    let RouteRule { matches, backends, request_timeout_ms, backend_timeout_ms, filters, name } = message;
     if matches.is_empty() {
         return Err(Malformed::new("matches", "must not be empty"));
     }
     Ok(model::RouteRule {
+        name: name.map(Arc::from),
+        filters: filters_of(filters)?,
         matches: each("matches", matches, request_match)?,
         backends: each("backends", backends, backend)?,
         request_timeout: request_timeout_ms.map(Duration::from_millis),
         backend_timeout: backend_timeout_ms.map(Duration::from_millis),
     })
+}
+
+fn filters_of(filters: Option<Filters>) -> Result<model::Filters, Malformed> {
+    let filters = filters.map(model::Filters::try_from).transpose();
+    Ok(filters.map_err(|error| error.within("filters"))?.unwrap_or_default())
+}
+
+/// No message where there is nothing to do.
+fn filters_message(filters: &model::Filters) -> Option<Filters> {
+    (*filters != model::Filters::default()).then(|| filters.into())
 }
 
 fn request_match(message: RequestMatch) -> Result<model::RequestMatch, Malformed> {
@@ -220,21 +247,22 @@ fn value_match(message: HeaderMatch) -> Result<model::HeaderMatch, Malformed> {
 }
 
 fn backend(message: Backend) -> Result<model::Backend, Malformed> {
-    let Backend { weight, target } = message;
+    let Backend { weight, target, filters } = message;
     let target = match target {
-        Some(backend::Target::Service(ServiceTarget { service, port: number, subject_alt_names })) => {
+        Some(backend::Target::Service(ServiceTarget { service, port: number, subject_alt_names, http2 })) => {
             let identity =
                 |text: String| Identity::parse(&text).map_err(|error| Malformed::new("", error.to_string()));
             Ok(BackendTarget {
                 service: service_key(&service)?,
                 port: port(number).map_err(|error| error.within("port"))?,
+                http2,
                 subject_alt_names: each("subject_alt_names", subject_alt_names, identity)?,
             })
         }
         Some(backend::Target::Invalid(why)) => Err(why.into()),
         None => return Err(Malformed::new("target", "no kind of target that is known")),
     };
-    Ok(model::Backend { weight, target })
+    Ok(model::Backend { weight, filters: filters_of(filters)?, target })
 }
 
 impl From<&model::WaypointConfig> for WaypointConfig {
@@ -263,8 +291,9 @@ impl From<&model::Listener> for Listener {
 
 impl From<&model::Route> for Route {
     fn from(route: &model::Route) -> Self {
-        let model::Route { namespace, name, created, hostnames, rules } = route;
+        let model::Route { kind, namespace, name, created, hostnames, rules } = route;
         Self {
+            grpc: *kind == model::RouteKind::Grpc,
             namespace: namespace.to_string(),
             name: name.to_string(),
             created: *created,
@@ -281,8 +310,10 @@ fn milliseconds(time: Duration) -> u64 {
 
 impl From<&model::RouteRule> for RouteRule {
     fn from(rule: &model::RouteRule) -> Self {
-        let model::RouteRule { matches, backends, request_timeout, backend_timeout } = rule;
+        let model::RouteRule { name, matches, filters, backends, request_timeout, backend_timeout } = rule;
         Self {
+            name: name.as_ref().map(ToString::to_string),
+            filters: filters_message(filters),
             matches: matches.iter().map(RequestMatch::from).collect(),
             backends: backends.iter().map(Backend::from).collect(),
             request_timeout_ms: request_timeout.map(milliseconds),
@@ -322,17 +353,18 @@ impl From<&model::HeaderMatch> for HeaderMatch {
 
 impl From<&model::Backend> for Backend {
     fn from(backend: &model::Backend) -> Self {
-        let model::Backend { weight, target } = backend;
+        let model::Backend { weight, filters, target } = backend;
         let target = match target {
-            Ok(BackendTarget { service, port, subject_alt_names }) => {
+            Ok(BackendTarget { service, port, http2, subject_alt_names }) => {
                 backend::Target::Service(ServiceTarget {
                     service: service.to_string(),
                     port: u32::from(*port),
+                    http2: *http2,
                     subject_alt_names: subject_alt_names.iter().map(Identity::to_string).collect(),
                 })
             }
             Err(why) => backend::Target::Invalid(why.to_string()),
         };
-        Self { weight: *weight, target: Some(target) }
+        Self { weight: *weight, filters: filters_message(filters), target: Some(target) }
     }
 }

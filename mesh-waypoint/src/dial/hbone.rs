@@ -41,7 +41,7 @@ impl Hbone {
             authority: format_authority(to.address),
             headers: TunnelHeaders {
                 baggage: self.baggage.clone(),
-                forwarded: Some(format!("host={}", to.service.hostname)),
+                forwarded: to.service.as_ref().map(|service| format!("host={}", service.hostname)),
                 client_claim: Some(client.clone()),
             },
             connect: self.connect.clone(),

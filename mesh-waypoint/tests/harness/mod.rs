@@ -19,8 +19,8 @@ use mesh_core::{
     flag::Flag,
     id::{Identity, ServiceKey, WorkloadKey},
     model::{
-        Backend, BackendTarget, Health, Listener, PathMatch, RequestMatch, Route, RouteRule, Service,
-        ServicePort, TunnelProtocol, WaypointConfig, Workload,
+        Backend, BackendTarget, Filters, Health, Listener, PathMatch, RequestMatch, Route, RouteKind,
+        RouteRule, Service, ServicePort, TunnelProtocol, WaypointConfig, WaypointRef, Workload,
     },
     snapshot::Snapshot,
 };
@@ -185,10 +185,19 @@ impl World {
         self
     }
 
+    /// Binds the pod that was declared last to the waypoint behind `service`.
+    pub fn bound_to(mut self, service: &str) -> Self {
+        let Some(Change::Workload(workload)) = self.changes.last_mut() else { panic!("no pod") };
+        Arc::make_mut(workload).waypoint =
+            Some(WaypointRef::Service { service: service_key(service), port: 15008 });
+        self
+    }
+
     /// A route of the service that was declared last.
     pub fn route(mut self, name: &str, rules: Vec<RouteRule>) -> Self {
         let created = self.listeners.len() as i64;
         self.listeners.last_mut().unwrap().routes.push(Route {
+            kind: RouteKind::Http,
             namespace: "shop".into(),
             name: name.into(),
             created,
@@ -301,11 +310,19 @@ impl Client {
     }
 
     pub async fn get(&mut self, path: &str, headers: &[(&str, &str)]) -> Got {
+        self.call("GET", path, headers).await
+    }
+
+    pub async fn post(&mut self, path: &str, headers: &[(&str, &str)]) -> Got {
+        self.call("POST", path, headers).await
+    }
+
+    async fn call(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Got {
         let uri = match self {
             Self::Http1(_) => path.to_owned(),
             Self::Http2(_) => format!("http://shop.test{path}"),
         };
-        let mut request = Request::builder().uri(uri);
+        let mut request = Request::builder().method(method).uri(uri);
         if matches!(self, Self::Http1(_)) {
             request = request.header("host", "shop.test");
         }
@@ -382,8 +399,13 @@ pub fn answers(bytes: &'static [u8]) -> App {
 }
 
 pub fn backend(service: &str, weight: u32) -> Backend {
-    let target = BackendTarget { service: service_key(service), port: 80, subject_alt_names: Vec::new() };
-    Backend { weight, target: Ok(target) }
+    let target = BackendTarget {
+        service: service_key(service),
+        port: 80,
+        http2: false,
+        subject_alt_names: Vec::new(),
+    };
+    Backend { weight, filters: Filters::default(), target: Ok(target) }
 }
 
 pub fn any() -> RequestMatch {
@@ -391,7 +413,14 @@ pub fn any() -> RequestMatch {
 }
 
 pub fn rule(matches: Vec<RequestMatch>, backends: Vec<Backend>) -> RouteRule {
-    RouteRule { matches, backends, request_timeout: None, backend_timeout: None }
+    RouteRule {
+        name: None,
+        matches,
+        filters: Filters::default(),
+        backends,
+        request_timeout: None,
+        backend_timeout: None,
+    }
 }
 
 pub fn expect(got: &Got, status: StatusCode, body: &str) {
