@@ -5,11 +5,13 @@ use std::{collections::BTreeMap, net::SocketAddr, process::ExitCode};
 use anyhow::{Context as _, ensure};
 use mesh_tests::{
     Pod, Suite, World,
+    grpc::{Calls, call, grpc_echo},
     peer::{Server, http, http_echo, talk},
     world::{Family, sleeper},
 };
 
 const PORT: u16 = 8080;
+const RPC_PORT: u16 = 7070;
 const BASE: &str = "
 apiVersion: v1
 kind: Namespace
@@ -18,6 +20,10 @@ metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
 apiVersion: v1
 kind: Namespace
 metadata: {name: plain}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: meshed, labels: {istio.io/dataplane-mode: ambient}}
 ---
 {apiVersion: v1, kind: Node, metadata: {name: n1}}
 ---
@@ -36,7 +42,7 @@ metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: gate}}
 spec:
   selector: {group: web}
   ipFamilyPolicy: PreferDualStack
-  ports: [{name: http, port: 80, targetPort: 8080}]
+  ports: [{name: http, port: 80, targetPort: 8080}, {name: rpc, port: 7070}]
 ---
 apiVersion: v1
 kind: Service
@@ -44,7 +50,7 @@ metadata: {name: web-v1, namespace: shop}
 spec:
   selector: {app: v1}
   ipFamilyPolicy: PreferDualStack
-  ports: [{name: http, port: 80, targetPort: 8080}]
+  ports: [{name: http, port: 80, targetPort: 8080}, {name: rpc, port: 7070}]
 ---
 apiVersion: v1
 kind: Service
@@ -52,7 +58,7 @@ metadata: {name: web-v2, namespace: shop}
 spec:
   selector: {app: v2}
   ipFamilyPolicy: PreferDualStack
-  ports: [{name: http, port: 80, targetPort: 8080}]
+  ports: [{name: http, port: 80, targetPort: 8080}, {name: rpc, port: 7070}]
 ";
 
 const ROUTE: &str = "
@@ -75,10 +81,78 @@ spec:
     backendRefs: [{name: web-v1, port: 80, weight: 90}, {name: web-v2, port: 80, weight: 10}]
 ";
 
+/// What the official suite does not compare: where a redirect leads, and which path the application sees.
+const FILTERS: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: filters, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: web, sectionName: http}]
+  rules:
+  - name: moved
+    matches: [{path: {type: PathPrefix, value: /old}}]
+    filters:
+    - type: RequestRedirect
+      requestRedirect: {hostname: example.org, statusCode: 301, path: {type: ReplacePrefixMatch, replacePrefixMatch: /new}}
+  - matches: [{path: {type: PathPrefix, value: /secure}}]
+    filters: [{type: RequestRedirect, requestRedirect: {scheme: https, statusCode: 308}}]
+  - matches: [{path: {type: PathPrefix, value: /port}}]
+    filters: [{type: RequestRedirect, requestRedirect: {port: 8083, statusCode: 307, path: {type: ReplaceFullPath, replaceFullPath: /whole}}}]
+  - matches: [{path: {type: PathPrefix, value: /prefix}}]
+    filters:
+    - {type: URLRewrite, urlRewrite: {hostname: other.test, path: {type: ReplacePrefixMatch, replacePrefixMatch: /}}}
+    - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: X-Set, value: rule}], remove: [x-gone]}}
+    - {type: ResponseHeaderModifier, responseHeaderModifier: {add: [{name: x-answer, value: rule}]}}
+    backendRefs: [{name: web-v1, port: 80}]
+  - matches: [{path: {type: PathPrefix, value: /own}}]
+    backendRefs:
+    - name: web-v1
+      port: 80
+      filters: [{type: RequestHeaderModifier, requestHeaderModifier: {add: [{name: x-own, value: v1}]}}]
+  - matches: [{path: {type: PathPrefix, value: /query}, queryParams: [{name: a, value: 'b c'}, {name: n, type: RegularExpression, value: '[0-9]+'}]}]
+    backendRefs: [{name: web-v2, port: 80}]
+  - matches: [{path: {type: PathPrefix, value: /mirror}}]
+    filters: [{type: RequestMirror, requestMirror: {backendRef: {name: web-v2, port: 80}}}]
+    backendRefs: [{name: web-v1, port: 80}]
+";
+
+const CALLS: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: calls, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: web, port: 7070}]
+  rules:
+  - matches: [{method: {service: pkg.Echo, method: Say}}]
+    backendRefs:
+    - {name: web-v1, port: 7070, weight: 70}
+    - {name: web-v2, port: 7070, weight: 30}
+    - {name: gone, port: 7070, weight: 0}
+  - matches: [{method: {type: RegularExpression, method: 'Only.*'}, headers: [{name: tenant, value: b}]}]
+    filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: x-seen, value: 'yes'}]}}]
+    backendRefs: [{name: web-v2, port: 7070}]
+  - matches: [{method: {service: pkg.Gone}}]
+    backendRefs: [{name: gone, port: 7070}]
+";
+
+/// For clients of the namespace that wrote it, and nobody else.
+const CONSUMER: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: mine, namespace: meshed}
+spec:
+  parentRefs: [{group: '', kind: Service, name: web, namespace: shop, port: 80}]
+  rules:
+  - filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-mine, value: 'yes'}]}}]
+    backendRefs: [{name: web, namespace: shop, port: 80}]
+";
+
 struct Fixture {
     world: World,
     _servers: Vec<Server>,
     client: Pod,
+    /// Enrolled, of another namespace.
+    consumer: Pod,
     outsider: Pod,
     v1: Pod,
     v2: Pod,
@@ -93,6 +167,7 @@ impl Fixture {
             ("shop", "v1", "n1"),
             ("shop", "v2", "n2"),
             ("plain", "outsider", "n1"),
+            ("meshed", "consumer", "n1"),
         ] {
             let pod = sleeper(namespace, name, node);
             text += &if name.starts_with('v') {
@@ -103,10 +178,15 @@ impl Fixture {
         }
         let world = World::up("waypoint", &[("mesh.yaml", &text)])?;
         let (v1, v2) = (world.pod("shop/v1")?, world.pod("shop/v2")?);
-        let servers =
-            vec![Server::start(&v1, PORT, http_echo("v1"))?, Server::start(&v2, PORT, http_echo("v2"))?];
+        let servers = vec![
+            Server::start(&v1, PORT, http_echo("v1"))?,
+            Server::start(&v2, PORT, http_echo("v2"))?,
+            Server::start(&v1, RPC_PORT, grpc_echo("v1"))?,
+            Server::start(&v2, RPC_PORT, grpc_echo("v2"))?,
+        ];
         Ok(Self {
             client: world.pod("shop/client")?,
+            consumer: world.pod("meshed/consumer")?,
             outsider: world.pod("plain/outsider")?,
             world,
             _servers: servers,
@@ -135,6 +215,11 @@ fn main() -> ExitCode {
     suite.case("weights_are_exact_to_the_statistics_over_local_and_remote_endpoints", weights);
     suite.case("a_request_timeout_answers_504", timeout);
     suite.case("an_unresolvable_backend_answers_500_and_no_rule_404", errors);
+    suite.case("a_redirect_names_the_whole_location", redirects);
+    suite.case("rewrites_header_changes_and_query_matches_are_what_the_server_sees", filters);
+    suite.case("a_filter_that_is_not_supported_is_never_skipped", unsupported);
+    suite.case("grpc_calls_of_one_connection_are_split_and_refused_as_grpc", calls);
+    suite.case("a_route_of_another_namespace_is_for_its_own_clients", consumers);
     suite.case("the_server_sees_the_mesh_and_no_forged_client_header", forged_header);
     suite.case("nothing_reaches_the_bound_ports_around_the_waypoint", required);
     // Not `leaves_nothing`: the waypoint keeps idle connections to its endpoints on purpose.
@@ -196,6 +281,91 @@ fn errors(fixture: &Fixture) -> anyhow::Result<()> {
         let answer = http(&fixture.client, fixture.vip(Family::V4)?, "web", path, "")?;
         ensure!(answer.status == status, "{path}: {} {}", answer.status, answer.body);
     }
+    Ok(())
+}
+
+fn redirects(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("route.yaml", FILTERS)])?;
+    for (path, status, location) in [
+        ("/old/a?q=1", 301, "http://example.org/new/a?q=1"),
+        ("/secure/x", 308, "https://web/secure/x"),
+        ("/port/x?q", 307, "http://web:8083/whole?q"),
+    ] {
+        let answer = http(&fixture.client, fixture.vip(Family::V4)?, "web", path, "")?;
+        ensure!(answer.status == status, "{path}: {}", answer.head);
+        ensure!(header(&answer.head, "location") == [location], "{path}: {}", answer.head);
+    }
+    Ok(())
+}
+
+/// Values of one header field.
+fn header<'a>(head: &'a str, name: &str) -> Vec<&'a str> {
+    let fields = head.lines().filter_map(|line| line.split_once(':'));
+    fields.filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim()).collect()
+}
+
+fn filters(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("route.yaml", FILTERS)])?;
+    let get = |path: &str, lines: &str| http(&fixture.client, fixture.vip(Family::V6)?, "web", path, lines);
+    let answer = get("/prefix/a/b?q=1", "x-gone: 1\r\nx-set: client\r\n")?;
+    ensure!(answer.status == 200 && answer.body.contains("GET /a/b?q=1 HTTP/1.1"), "{}", answer.body);
+    for (name, values) in [("host", &["other.test"][..]), ("x-set", &["rule"]), ("x-gone", &[])] {
+        ensure!(header(&answer.body, name) == values, "{name}: {}", answer.body);
+    }
+    ensure!(header(&answer.head, "x-answer") == ["rule"], "{}", answer.head);
+    let answer = get("/own", "")?;
+    ensure!(header(&answer.body, "x-own") == ["v1"], "{}", answer.body);
+    for (path, status) in
+        [("/query?a=b+c&n=12", 200), ("/query?n=12&a=b%20c", 200), ("/query?a=b+c&n=x", 404), ("/query", 404)]
+    {
+        let answer = get(path, "")?;
+        ensure!(answer.status == status, "{path}: {}", answer.status);
+    }
+    Ok(())
+}
+
+fn unsupported(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("route.yaml", FILTERS)])?;
+    let answer = http(&fixture.client, fixture.vip(Family::V4)?, "web", "/mirror", "")?;
+    ensure!(answer.status == 500, "{} {}", answer.status, answer.body);
+    Ok(())
+}
+
+fn calls(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("route.yaml", ""), ("calls.yaml", CALLS)])?;
+    for family in [Family::V4, Family::V6] {
+        let to = SocketAddr::new(fixture.world.vip("shop/web", family)?, RPC_PORT);
+        // One connection for all of them: what is split is calls, not connections.
+        let calls = |method: &str, count, headers: &[(&str, &str)]| {
+            call(&fixture.client, to, &Calls { authority: "web", method, count, headers })
+        };
+        let answers = calls("/pkg.Echo/Say", 500, &[])?;
+        ensure!(answers.iter().all(|answer| answer.status == Some(0)), "{:?}", answers.first());
+        let second = answers.iter().filter(|answer| answer.body.starts_with("v2 ")).count();
+        // n = 500, p = 0.3: mean 150, sigma 10.2; 3.3 sigma each way.
+        ensure!((116..=184).contains(&second), "{second} of 500 calls went to the side of 30 %");
+        let answer = &calls("/pkg.Any/OnlyThis", 1, &[("tenant", "b")])?[0];
+        ensure!(answer.status == Some(0) && answer.body.contains("x-seen: yes"), "{answer:?}");
+        // 12 = unimplemented, 2 = unknown: as gRPC, whatever HTTP would say.
+        for (method, status) in [("/pkg.Any/OnlyThis", 12), ("/pkg.Echo/Else", 12), ("/pkg.Gone/Any", 2)] {
+            let answer = &calls(method, 1, &[])?[0];
+            ensure!(answer.status == Some(status) && answer.http == 200, "{method}: {answer:?}");
+        }
+    }
+    fixture.world.apply(&[("calls.yaml", "")])?;
+    Ok(())
+}
+
+fn consumers(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("route.yaml", ""), ("consumer.yaml", CONSUMER)])?;
+    let mine = |pod: &Pod| {
+        let answer = http(pod, fixture.vip(Family::V4)?, "web", "/", "")?;
+        ensure!(answer.status == 200, "{}: {} {}", pod.name, answer.status, answer.body);
+        Ok(header(&answer.head, "x-mine") == ["yes"])
+    };
+    ensure!(mine(&fixture.consumer)?, "the route has no effect on the clients of its namespace");
+    ensure!(!mine(&fixture.client)?, "the route has an effect on other clients");
+    fixture.world.apply(&[("consumer.yaml", "")])?;
     Ok(())
 }
 
