@@ -47,6 +47,9 @@ pub struct Settings {
     /// Where `GET /metrics` is answered over TCP.
     #[arg(long, env = "UNDERMESH_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
+    /// Image of the waypoints that are made for Gateways, on Kubernetes; without one none are made.
+    #[arg(long, env = "UNDERMESH_WAYPOINT_IMAGE")]
+    pub waypoint_image: Option<String>,
     /// Unix socket of the local endpoint.
     #[arg(long, env = "UNDERMESH_ADMIN")]
     pub admin: PathBuf,
@@ -103,6 +106,19 @@ fn trust_domain(text: &str) -> Result<String, String> {
 }
 
 impl Settings {
+    /// What is the same for all waypoints that are made for Gateways.
+    pub fn provisioning(&self) -> Option<crate::provision::Settings> {
+        let (image, namespace) = (self.waypoint_image.clone()?, self.pod_namespace.as_deref()?);
+        let control_name = format!("undermesh-control.{namespace}.svc");
+        Some(crate::provision::Settings {
+            image,
+            control: format!("{control_name}:{}", self.listen.port()),
+            control_name,
+            trust_domain: self.trust_domain.clone(),
+            cluster: self.cluster_id.clone(),
+        })
+    }
+
     /// What is the same for the whole mesh.
     pub fn mesh(&self) -> Mesh {
         let fallback = Mesh::default();

@@ -31,7 +31,7 @@ use crate::{
         replicas,
     },
     source::{Kind, ObjectKey, kubernetes::reason},
-    status::object::ObjectStatus,
+    status::{self, object::ObjectStatus},
     translate::workload::AGENT_TAINT,
 };
 
@@ -203,7 +203,7 @@ impl Writer {
         all: &BTreeMap<Principal, Proxy>,
         written: &mut Written,
     ) {
-        let wanted = wanted(published, all);
+        let wanted = status::objects(published, all);
         written.status.retain(|key, _| wanted.contains_key(key));
         let mut writes = 0;
         for (key, want) in wanted {
@@ -293,8 +293,4 @@ impl Writer {
 
 fn params() -> PatchParams {
     PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() }
-}
-
-fn wanted(_: &Published, _: &BTreeMap<Principal, Proxy>) -> BTreeMap<ObjectKey, ObjectStatus> {
-    BTreeMap::new()
 }

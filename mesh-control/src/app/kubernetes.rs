@@ -15,6 +15,7 @@ use crate::{
     credentials::{Callers, review::Reviews},
     leader::{Election, Say, Told},
     pipeline::Pipeline,
+    provision,
     serve::{proxies::Proxies, replicas},
     source::kubernetes::{Kubernetes, reason},
     write::{self, Writer},
@@ -32,6 +33,7 @@ pub(super) struct Leading {
     client: Client,
     me: String,
     namespace: String,
+    provisioning: Option<provision::Settings>,
 }
 
 /// Waits for the first complete list of every kind, and for the root.
@@ -63,7 +65,7 @@ pub(super) async fn open(
     pipeline.rescan();
     tasks.spawn(follow(pipeline.clone(), changed, (), drain.watch()));
     let reviews = Reviews::new(client.clone(), namespace.as_str().into(), pipeline.subscribe());
-    let cluster = Some(Leading { client, me, namespace });
+    let cluster = Some(Leading { client, me, namespace, provisioning: settings.provisioning() });
     Ok(Parts { pipeline, callers: Callers::Reviewed(reviews), root, cluster })
 }
 
@@ -100,8 +102,17 @@ impl Leading {
         drain: &Drain,
         tasks: &TaskGroup,
     ) {
-        let Self { client, me, namespace } = self;
+        let Self { client, me, namespace, provisioning } = self;
         let election = Election::new(&client, &namespace, me.clone());
+        match provisioning {
+            Some(settings) => {
+                let (published, leads) = (pipeline.subscribe(), election.leads());
+                tasks.spawn(provision::apply::run(client.clone(), settings, published, leads, drain.watch()));
+            }
+            None => {
+                tracing::warn!("no image of waypoints (UNDERMESH_WAYPOINT_IMAGE): none are made for Gateways")
+            }
+        }
         let writer = Writer {
             client,
             me,
