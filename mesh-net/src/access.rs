@@ -133,6 +133,18 @@ impl AccessRecord {
         Self { side, opened: Instant::now(), details, counters: Arc::default(), metrics: None, closed: false }
     }
 
+    /// The same for one that was accepted earlier, by the kernel.
+    pub fn open_since(side: Side, src: Option<SocketAddr>, opened: Instant) -> Self {
+        let mut record = Self::open(side, src);
+        record.opened = opened;
+        record
+    }
+
+    /// Lets go of a connection that goes on without this process: whoever sees its end closes the record.
+    pub fn leave(mut self) {
+        self.closed = true;
+    }
+
     /// Names the connection to the metrics, once it is known what it is; counts it as opened. Call before bytes flow.
     pub fn count(&mut self, metrics: &Metrics, labels: TcpLabels) {
         let connection = metrics.connection(labels);
@@ -221,7 +233,8 @@ impl AccessRecord {
         match outcome {
             Outcome::Complete => line!(info, "connection complete", None::<&str>, None::<&str>),
             Outcome::Failed { flag, error } => {
-                line!(error, "connection complete", Some(&*clean(error)), Some(flag.code()));
+                // Not a level that asks somebody to act: peers set the rate, and metrics count by flag.
+                line!(info, "connection complete", Some(&*clean(error)), Some(flag.code()));
             }
         }
     }

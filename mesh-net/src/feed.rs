@@ -89,6 +89,12 @@ pub trait Apply: Send + Sync + 'static {
     ) -> BoxFuture<'a, Vec<Rejected>> {
         Box::pin(async { Vec::new() })
     }
+
+    /// Nothing can be put in force yet: another type has to be answered first. Until then nothing is applied, and
+    /// nothing acknowledged.
+    fn waits(&self) -> bool {
+        false
+    }
 }
 
 /// A resource that is asked for once more: its type and name.
@@ -160,6 +166,15 @@ pub struct Feed {
     unapplied: Vec<Change>,
     /// Resources that were refused and are in force after all: sent again, they are acknowledged.
     again: Option<mpsc::Receiver<Again>>,
+    /// Answers of this stream that wait for the other types.
+    held: Vec<Held>,
+}
+
+/// A response whose answer waits until it can be put in force.
+struct Held {
+    type_url: &'static str,
+    batch: Batch,
+    answer: DeltaDiscoveryRequest,
 }
 
 /// How a stream ended.
@@ -203,6 +218,7 @@ impl Feed {
             versions: HashMap::new(),
             unapplied: Vec::new(),
             again: None,
+            held: Vec::new(),
         };
         Ok((feed, FeedHandle { world: world_rx, status: status_rx }))
     }
@@ -265,25 +281,29 @@ impl Feed {
             Err(_) => return StreamEnd::NoConnection(Status::deadline_exceeded("no answer to the stream")),
         };
         self.status.send_modify(|status| status.connected = true);
+        // Those of a former stream are asked for again.
+        self.held.clear();
         loop {
             let event = tokio::select! {
                 () = draining.forced() => Event::Drain,
                 got = responses.message() => Event::Response(got),
                 again = next(&mut self.again) => Event::Again(again),
             };
-            let request = match event {
+            let requests_now = match event {
                 Event::Drain => return StreamEnd::Drain,
                 Event::Response(Ok(Some(response))) => self.response(response).await,
                 Event::Response(Ok(None)) => return StreamEnd::Closed,
                 Event::Response(Err(status)) => return StreamEnd::Failed(status),
-                Event::Again((type_url, name)) => DeltaDiscoveryRequest {
+                Event::Again((type_url, name)) => vec![DeltaDiscoveryRequest {
                     type_url: type_url.to_owned(),
                     resource_names_subscribe: vec![name.to_string()],
                     ..DeltaDiscoveryRequest::default()
-                },
+                }],
             };
-            if !matches!(tokio::time::timeout(HOLD, requests.send(request)).await, Ok(Ok(()))) {
-                return StreamEnd::Failed(Status::unavailable("the server does not take answers"));
+            for request in requests_now {
+                if !matches!(tokio::time::timeout(HOLD, requests.send(request)).await, Ok(Ok(()))) {
+                    return StreamEnd::Failed(Status::unavailable("the server does not take answers"));
+                }
             }
         }
     }
@@ -310,50 +330,71 @@ impl Feed {
         Ok((requests, answer.into_inner()))
     }
 
-    /// Puts one response in force and builds its answer.
-    async fn response(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    /// Puts one response in force, with those that waited for it, and builds their answers: none while it waits itself.
+    async fn response(&mut self, response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
         self.metrics.feed_message(&response.type_url, response.encoded_len());
-        let mut answer = DeltaDiscoveryRequest {
+        let answer = DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),
             response_nonce: response.nonce.clone(),
             ..DeltaDiscoveryRequest::default()
         };
         // X10: what we do not know we did not ask for; it is nobody's fault.
         let Some(type_url) = self.types.iter().copied().find(|known| *known == response.type_url) else {
-            return answer;
+            return vec![answer];
         };
-        let mut batch = Batch::prepare(type_url, &response);
+        let batch = Batch::prepare(type_url, &response);
         let next = Arc::new(self.world.borrow().with(batch.changes.iter().cloned()));
         self.world.send_replace(next.clone());
         self.unapplied.extend(batch.changes.iter().cloned());
         self.apply.answered(type_url);
+        if self.apply.waits() {
+            batch.remember(self.versions.entry(type_url).or_default(), false);
+            self.note(type_url, &batch, false);
+            self.held.push(Held { type_url, batch, answer });
+            return Vec::new();
+        }
         let applied = self.apply.apply(next.clone(), &self.unapplied).await;
+        match &applied {
+            Ok(()) => self.unapplied.clear(),
+            Err(reason) => tracing::error!(type_url, reason, "an update is not in force"),
+        }
+        let mut held = std::mem::take(&mut self.held);
+        held.push(Held { type_url, batch, answer });
+        let mut answers = Vec::with_capacity(held.len());
+        for held in held {
+            answers.push(self.answer(held, &next, &applied).await);
+        }
+        answers
+    }
+
+    /// ACK or NACK.
+    async fn answer(
+        &mut self,
+        Held { type_url, mut batch, mut answer }: Held,
+        world: &Arc<Snapshot>,
+        applied: &Result<(), String>,
+    ) -> DeltaDiscoveryRequest {
         batch.remember(self.versions.entry(type_url).or_default(), applied.is_ok());
         if applied.is_ok() {
-            let refused = self.apply.not_in_force(next, type_url, &batch.changes).await;
+            let refused = self.apply.not_in_force(world.clone(), type_url, &batch.changes).await;
             let versions = self.versions.entry(type_url).or_default();
             // Without a version it is sent again by the next stream, too.
             versions.extend(refused.iter().map(|refused| (refused.name.clone(), String::new())));
             batch.refuse(refused);
         }
         let mut complaints: Vec<String> = batch.rejected.iter().map(ToString::to_string).collect();
-        match applied {
-            Ok(()) => self.unapplied.clear(),
-            Err(reason) => {
-                tracing::error!(type_url, reason, "an update is not in force");
-                let name = batch.first_name().unwrap_or(type_url);
-                complaints.push(format!("{name}: not in force: {reason}"));
-            }
+        if let Err(reason) = applied {
+            let name = batch.first_name().unwrap_or(type_url);
+            complaints.push(format!("{name}: not in force: {reason}"));
         }
-        self.note(type_url, &batch);
+        self.note(type_url, &batch, applied.is_ok());
         if !complaints.is_empty() {
             answer.error_detail = Some(RpcStatus { code: 0, message: joined(&complaints) });
         }
         answer
     }
 
-    fn note(&self, type_url: &'static str, batch: &Batch) {
-        let in_force = self.unapplied.is_empty();
+    fn note(&self, type_url: &'static str, batch: &Batch, in_force: bool) {
         self.status.send_modify(|status| {
             if status.failures > 0 {
                 tracing::info!("the control plane is back");

@@ -35,7 +35,7 @@ fn the_servers_agent_sends_what_the_server_answered() {
         record.fail(Flag::PolicyDenied, "denied by shop/deny-all");
     });
     assert!(got[0].contains("bytes_sent=9 bytes_recv=5"), "{got:?}");
-    assert!(got[0].starts_with("T\terror\taccess\tconnection complete\t"), "{got:?}");
+    assert!(got[0].starts_with("T\tinfo\taccess\tconnection complete\t"), "{got:?}");
     assert!(got[0].ends_with("flag=\"POLICY_DENIED\" error=\"denied by shop/deny-all\""), "{got:?}");
 }
 

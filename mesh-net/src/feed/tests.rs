@@ -98,11 +98,24 @@ impl tonic::server::StreamingService<DeltaDiscoveryRequest> for Server {
 struct Applying {
     done: AtomicBool,
     broken: AtomicBool,
+    /// Nothing can be applied before this is answered.
+    needs: parking_lot::Mutex<Option<&'static str>>,
+    /// How many changes each world came with.
+    applied: parking_lot::Mutex<Vec<usize>>,
 }
 
 impl Apply for Applying {
-    fn apply<'a>(&'a self, _: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
+    fn answered(&self, type_url: &'static str) {
+        self.needs.lock().take_if(|needed| *needed == type_url);
+    }
+
+    fn waits(&self) -> bool {
+        self.needs.lock().is_some()
+    }
+
+    fn apply<'a>(&'a self, _: Arc<Snapshot>, changes: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async {
+            self.applied.lock().push(changes.len());
             for _ in 0..100 {
                 tokio::task::yield_now().await;
             }
@@ -185,6 +198,43 @@ fn policy(name: &str, version: &str) -> Resource {
 fn garbage(name: &str) -> Resource {
     let any = Any { type_url: TYPE_AUTHORIZATION.to_owned(), value: vec![0xff; 7] };
     Resource { name: name.to_owned(), version: "v".to_owned(), resource: Some(any), aliases: vec![] }
+}
+
+/// Half a world is not acted on, and so not acknowledged either: neither as in force nor as refused.
+#[tokio::test]
+async fn what_waits_for_another_type_is_answered_together_with_it() {
+    for broken in [false, true] {
+        let mut w = world().await;
+        let mut stream = w.stream().await;
+        stream.heard().await;
+        stream.heard().await;
+        *w.applying.needs.lock() = Some(TYPE_MESH_OPTIONS);
+        w.applying.broken.store(broken, Ordering::SeqCst);
+        stream.say("n1", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1")], &[]).await;
+        stream.say("n2", TYPE_AUTHORIZATION, vec![policy("shop/b", "v1"), garbage("shop/bad")], &[]).await;
+        stream.say("n3", TYPE_MESH_OPTIONS, vec![], &[]).await;
+        for nonce in ["n1", "n2", "n3"] {
+            let answer = stream.heard().await;
+            assert_eq!(answer.response_nonce, nonce);
+            let complaint = answer.error_detail.map(|error| error.message).unwrap_or_default();
+            assert_eq!(complaint.contains("not in force: map is full"), broken, "{nonce}: {complaint}");
+            assert_eq!(complaint.contains("shop/bad"), nonce == "n2", "{nonce}: {complaint}");
+        }
+        // Once, with all that had come; the bad one marks its policy as invalid.
+        assert_eq!(*w.applying.applied.lock(), [3]);
+        assert_eq!(w.handle.is_ready(), !broken);
+        // Only what is in force is not asked for again.
+        drop(stream);
+        let mut stream = w.stream().await;
+        let versions = loop {
+            let request = stream.heard().await;
+            if request.type_url == TYPE_AUTHORIZATION {
+                break request.initial_resource_versions;
+            }
+        };
+        assert_eq!(versions["shop/a"], if broken { "" } else { "v1" });
+        w.drain.force();
+    }
 }
 
 #[tokio::test]
