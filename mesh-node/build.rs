@@ -1,6 +1,11 @@
-//! Embeds the object that `cargo xtask build-ebpf` made; without one the build ends with one line that says so.
+//! Embeds the object that `cargo xtask build-ebpf` made; without one the build ends with one line that says so. Debug
+//! builds get the object with log lines beside it, when that was made; release builds never.
 
-use std::{env, fs, path::PathBuf, process::exit};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::exit,
+};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=UNDERMESH_EBPF_OBJECT");
@@ -16,5 +21,16 @@ fn main() {
              which installs its compiler first)"
         );
         exit(0);
+    }
+    with_log_lines(&target);
+}
+
+fn with_log_lines(target: &Path) {
+    println!("cargo::rustc-check-cfg=cfg(kernel_log)");
+    let object = target.join("ebpf-log/bpfel-unknown-none/release/mesh-ebpf");
+    println!("cargo:rerun-if-changed={}", object.display());
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join("mesh-ebpf-log.o");
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") && fs::copy(&object, out).is_ok() {
+        println!("cargo::rustc-cfg=kernel_log");
     }
 }

@@ -72,6 +72,7 @@ flags! {
     SourceBind "SOURCE_BIND" "CONNECT" Mesh "The client's address could not be used towards the application.";
     Overload "OVERLOAD" "CONNECT" Mesh "A limit of the agent is reached.";
     StaleGeneration "STALE_GENERATION" "DENY" Mesh "Policy changed between connect and the first packet.";
+    PodQuota "POD_QUOTA" "CONNECT" Application "The pod has as many connections as one pod may have.";
     MapFull "MAP_FULL" "DENY" Mesh "A kernel map is full.";
     KernelFault "KERNEL_FAULT" "DENY" Mesh "A kernel helper failed.";
     UnsupportedSocket "UNSUPPORTED_SOCKET" "DENY" Peer "The socket's protocol or address cannot be captured.";

@@ -22,13 +22,13 @@ pub struct Event {
     pub reason: u32,
     /// The flow.
     pub record: FlowRecord,
-    /// Bytes that the client's peer has acknowledged.
+    /// Bytes of the application that the client's peer has acknowledged.
     pub sent_bytes: u64,
-    /// Bytes that the client has received.
+    /// Bytes of the application that the client has received.
     pub received_bytes: u64,
     /// Smoothed round-trip time, microseconds.
     pub rtt_us: u32,
     /// Retransmitted segments.
     pub retransmits: u32,
 }
-const _: () = assert!(size_of::<Event>() == 152);
+const _: () = assert!(size_of::<Event>() == 160);

@@ -13,7 +13,7 @@ pub mod wire;
 
 /// Version of the layout of all maps together; a directory of that name holds the pins, so that two layouts never
 /// share a map.
-pub const LAYOUT: &str = "v1";
+pub const LAYOUT: &str = "v2";
 
 /// The one firewall mark of the mesh: on a pod's socket it means "deliver locally, to the agent". Nothing is ever
 /// permitted because of it: a pod may set it itself and only reaches its own loopback.

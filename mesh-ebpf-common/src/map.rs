@@ -6,13 +6,15 @@
 use crate::wire::{Ip, PortBe, Target};
 
 /// Name of every map, in the object, in bpffs and in metrics.
-pub const MAP_NAMES: [&str; 12] = [
+pub const MAP_NAMES: [&str; 14] = [
     "PODS",
     "LOCAL",
     "CONFIG",
     "SERVICES",
     "ENDPOINTS",
     "VERDICTS",
+    "PROBES",
+    "USAGE",
     "FLOWS",
     "OWN_FLOWS",
     "LISTENERS",
@@ -20,6 +22,8 @@ pub const MAP_NAMES: [&str; 12] = [
     "OURS",
     "COUNTERS",
 ];
+/// Name of the ring buffer of log lines; only in an object that was built with them.
+pub const LOGS: &str = "AYA_LOGS";
 /// Name of the ring buffer of events.
 pub const EVENTS: &str = "EVENTS";
 
@@ -35,6 +39,8 @@ pub const MAX_ENDPOINTS: u32 = 1 << 18;
 pub const MAX_ENDPOINTS_OF_ONE: u32 = 1 << 16;
 /// Verdicts of all pairs of local pods and their ports.
 pub const MAX_VERDICTS: u32 = 1 << 18;
+/// Ports of all local pods that the kubelet probes.
+pub const MAX_PROBES: u32 = 16 * MAX_PODS;
 /// Live captured and direct flows; a full map refuses new ones.
 pub const MAX_FLOWS: u32 = 1 << 18;
 /// Live sockets of the agent towards its pods: a map of their own, so that no pod can starve them, and as many as one
@@ -101,12 +107,16 @@ pub struct Config {
     pub next_pod: u32,
     /// Number for the next list of endpoints.
     pub next_service: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// Live connections that one pod may have in `FLOWS`; zero is no bound.
+    pub pod_flows: u32,
+    /// Cookie of the node's own network namespace; zero where no kubelet is known.
+    pub node_netns: u64,
+    /// Number of the cgroup of the kubelet; zero where none is known.
+    pub kubelet: u64,
     /// Hash of the object whose programs are attached.
     pub object: [u8; 32],
 }
-const _: () = assert!(size_of::<Config>() == 56);
+const _: () = assert!(size_of::<Config>() == 72);
 
 /// No direct path (`encryptSameNode: always`, or the kernel cannot cut live connections).
 pub const CONFIG_NO_DIRECT: u32 = 1;
@@ -195,6 +205,29 @@ pub const VERDICT_DENY: u32 = 2;
 /// The agent has to ask the policies, although any other port has a verdict.
 pub const VERDICT_AGENT: u32 = 3;
 
+/// Key of `PROBES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProbeKey {
+    /// Number of the pod.
+    pub pod: u32,
+    /// The port that its manifest declares for a probe.
+    pub port: PortBe,
+    /// Always zero.
+    pub pad: u16,
+}
+const _: () = assert!(size_of::<ProbeKey>() == 8);
+
+/// `PROBES`: a port that the kubelet may reach without the mesh.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probed(pub u32);
+
+/// `USAGE`: number of a pod → its live connections in `FLOWS`, counted by the programs.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage(pub u64);
+
 /// Key of `FLOWS` and `OWN_FLOWS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -225,11 +258,17 @@ pub const FLOW_DIRECT: u32 = 3;
 pub const FLOW_REFUSED: u32 = 4;
 /// A socket of the agent.
 pub const FLOW_OWN: u32 = 5;
+/// The kubelet probes a declared port.
+pub const FLOW_PROBE: u32 = 6;
 
 /// `other` holds something.
 pub const FLOW_OTHER: u32 = 1;
 /// The client's socket has seen the SYN-ACK.
 pub const FLOW_ESTABLISHED: u32 = 2;
+/// The client's socket has seen a FIN after its own; only on the socket.
+pub const FLOW_PEER_FIN: u32 = 4;
+/// The record is counted in `USAGE`; only on the socket.
+pub const FLOW_COUNTED: u32 = 8;
 
 /// `FLOWS`, `OWN_FLOWS`: one live connection, from before its SYN to the close of the client's socket.
 #[repr(C)]
@@ -245,6 +284,8 @@ pub struct FlowRecord {
     pub server_socket: u64,
     /// Cookie of the client's namespace.
     pub client_netns: u64,
+    /// When its SYN was sent, nanoseconds of the monotonic clock.
+    pub opened_ns: u64,
     /// `FLOW_TO_AGENT` and so on.
     pub kind: u32,
     /// [`FLOW_OTHER`], [`FLOW_ESTABLISHED`].
@@ -258,7 +299,7 @@ pub struct FlowRecord {
     /// Always zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<FlowRecord>() == 120);
+const _: () = assert!(size_of::<FlowRecord>() == 128);
 
 /// `SOCKETS`: what connect decided, on the socket itself, so that it ends with it.
 #[repr(C)]
@@ -272,7 +313,7 @@ pub struct SocketState {
     /// Always zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<SocketState>() == 128);
+const _: () = assert!(size_of::<SocketState>() == 136);
 
 #[cfg(feature = "user")]
 mod pod {
@@ -292,6 +333,9 @@ mod pod {
         super::Endpoint,
         super::VerdictKey,
         super::VerdictEntry,
+        super::ProbeKey,
+        super::Probed,
+        super::Usage,
         super::FlowKey,
         super::FlowRecord,
         super::SocketState,

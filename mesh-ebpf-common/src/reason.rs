@@ -60,6 +60,9 @@ reasons! {
     LookupAssignFailed "lookup_assign_failed" "arrival: the agent's listener is gone; dropped.";
     LookupOther "lookup_other" "arrival: not TCP, left alone.";
     EventLost "event_lost" "the ring buffer of events was full.";
+    PodQuota "pod_quota" "connect: the pod has as many live connections as one pod may have.";
+    Probe "probe" "connect: the kubelet probes a declared port.";
+    LookupProbe "lookup_probe" "arrival: a probe of the kubelet, to the application.";
 }
 
 #[cfg(test)]

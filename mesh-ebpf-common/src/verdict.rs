@@ -1,6 +1,7 @@
 //! The decision about one `connect()`, as ordinary Rust: the kernel runs it over its maps, the tests over theirs.
 //!
 //! ```text
+//!  the kubelet to a declared port ─► Probe     a pod with too many connections ─► Deny
 //!  not enrolled, not TCP, agent's socket ─► Alone       destination of oneself ─► SelfCall (agent's ports: Deny)
 //!  service ─► choose an endpoint by weight, over all of them
 //!  local endpoint + Allow ─► Direct      + Deny ─► Deny      everything else ─► Agent
@@ -9,7 +10,7 @@
 use crate::{
     is_agent_port,
     map::{
-        ANY_OTHER_PORT, CONFIG_NO_DIRECT, Endpoint, EndpointKey, LocalPod, SERVICE_AGENT, Service,
+        ANY_OTHER_PORT, CONFIG_NO_DIRECT, Endpoint, EndpointKey, LocalPod, ProbeKey, SERVICE_AGENT, Service,
         ServiceKey, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
     },
     reason::Reason,
@@ -41,8 +42,12 @@ pub enum Transport {
 /// Who calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Caller {
-    /// The namespace is enrolled and captured; nothing else counts otherwise.
+    /// The namespace is enrolled and captured; nothing else but `kubelet` counts otherwise.
     pub enrolled: bool,
+    /// It is the kubelet: its cgroup, in the node's own namespace.
+    pub kubelet: bool,
+    /// The pod has as many live connections as one pod may have.
+    pub exhausted: bool,
     /// Number of the pod.
     pub pod: u32,
     /// Cookie of its namespace.
@@ -61,6 +66,8 @@ pub trait World {
     fn local(&self, ip: &Ip) -> Option<&LocalPod>;
     /// `VERDICTS`.
     fn verdict(&self, key: &VerdictKey) -> Option<&VerdictEntry>;
+    /// `PROBES`.
+    fn probed(&self, key: &ProbeKey) -> bool;
     /// A random number.
     fn chance(&self) -> u32;
 }
@@ -71,6 +78,8 @@ pub trait World {
 pub enum Way {
     /// Left alone: the namespace is not enrolled, it is not TCP, or it is the agent's own socket; the reason tells.
     Alone,
+    /// The kubelet's, straight to the application of a pod of this node.
+    Probe,
     /// The pod calls itself, maybe through a service.
     SelfCall,
     /// Straight to a pod of this node.
@@ -118,7 +127,7 @@ const NO_CHOICE: Target = Target::new(Ip::from_v6_be([0; 4]), PortBe::from_host(
 pub fn decide<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
     let alone = |reason| Verdict::new(Way::Alone, reason, call.to, NO_CHOICE);
     if !caller.enrolled {
-        return alone(Reason::NotOurs);
+        return probe(call, caller, world);
     }
     match call.transport {
         Transport::Tcp => {}
@@ -129,6 +138,9 @@ pub fn decide<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
     }
     if call.own {
         return alone(Reason::Own);
+    }
+    if caller.exhausted {
+        return Verdict::new(Way::Deny, Reason::PodQuota, call.to, NO_CHOICE);
     }
     if call.to.ip.is_loopback() {
         return self_call(&call.to, &NO_CHOICE, caller);
@@ -146,6 +158,21 @@ pub fn decide<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
         return Verdict::new(Way::Agent, Reason::ToAgent, call.to, choice);
     }
     towards(&choice, &call.to, &choice, caller, world)
+}
+
+/// From a namespace that is not enrolled: left alone, unless it is a probe.
+#[inline(always)]
+fn probe<W: World>(call: &Call, caller: &Caller, world: &W) -> Verdict {
+    let alone = Verdict::new(Way::Alone, Reason::NotOurs, call.to, NO_CHOICE);
+    if !caller.kubelet || !matches!(call.transport, Transport::Tcp) || is_agent_port(call.to.port.host()) {
+        return alone;
+    }
+    let Some(local) = world.local(&call.to.ip) else { return alone };
+    let local = *local;
+    if !world.probed(&ProbeKey { pod: local.pod, port: call.to.port, pad: 0 }) {
+        return alone;
+    }
+    Verdict { local, ..Verdict::new(Way::Probe, Reason::Probe, call.to, NO_CHOICE) }
 }
 
 /// To an address that is one workload's.

@@ -4,7 +4,7 @@
 use aya_ebpf::programs::SockAddrContext;
 use mesh_ebpf_common::{
     event::EVENT_REFUSED,
-    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_SELF, FLOW_TO_AGENT, FlowRecord, SLOT_OUTBOUND},
+    map::{FLOW_DIRECT, FLOW_OTHER, FLOW_PROBE, FLOW_SELF, FLOW_TO_AGENT, FlowRecord, SLOT_OUTBOUND},
     reason::Reason,
     verdict::{Verdict, Way},
     wire::Target,
@@ -40,11 +40,23 @@ pub fn conclude(cx: &SockAddrContext, family: Family, asked: &Asked, verdict: &V
             maps::count(verdict.reason);
             PROCEED
         }
+        Way::Probe => probe(cx, asked, verdict),
         Way::Deny => refuse(cx, asked, verdict, verdict.reason),
         Way::SelfCall => proceed(cx, family, asked, verdict, FLOW_SELF),
         Way::Direct => proceed(cx, family, asked, verdict, FLOW_DIRECT),
         Way::Agent => proceed(cx, family, asked, verdict, FLOW_TO_AGENT),
     }
+}
+
+/// Without room for it, a probe is plaintext like anything else from the host.
+#[inline(always)]
+fn probe(cx: &SockAddrContext, asked: &Asked, verdict: &Verdict) -> i32 {
+    if let Some(state) = maps::state_or_new(ctx::socket_of_address(cx)) {
+        state.recorded = 0;
+        fill(&mut state.record, asked, verdict, FLOW_PROBE);
+        maps::count(verdict.reason);
+    }
+    PROCEED
 }
 
 #[inline(always)]
@@ -103,6 +115,7 @@ fn refuse(cx: &SockAddrContext, asked: &Asked, verdict: &Verdict, reason: Reason
         record.other = asked.to;
     }
     maps::count(reason);
+    refused!(cx, reason, &record.key);
     maps::emit(EVENT_REFUSED, reason, &record, Figures::default());
     REFUSE
 }

@@ -17,11 +17,18 @@ pub fn connect(cx: &SockAddrContext, family: Family) -> i32 {
     // before the SYN.
     let (generation, config) = maps::config();
     let mut slot = 0;
-    let mut caller = Caller { enrolled: false, pod: 0, netns, config };
-    if let Some(pod) = maps::capturing(netns) {
-        caller.enrolled = true;
-        caller.pod = pod.id;
-        slot = pod.slot;
+    let mut caller = Caller { enrolled: false, kubelet: false, exhausted: false, pod: 0, netns, config };
+    match maps::capturing(netns) {
+        Some(pod) => {
+            caller.enrolled = true;
+            caller.pod = pod.id;
+            caller.exhausted = maps::exhausted(pod.id);
+            slot = pod.slot;
+        }
+        None => {
+            let (node, kubelet) = maps::kubelet();
+            caller.kubelet = kubelet != 0 && netns == node && ctx::cgroup() == kubelet;
+        }
     }
     let call = Call {
         to: ctx::address(cx, family),

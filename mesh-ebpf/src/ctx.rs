@@ -5,8 +5,14 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::BPF_SOCK_OPS_STATE_CB_FLAG,
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_setsockopt},
+    bindings::{
+        BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE_WAIT,
+        BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
+    },
+    helpers::{
+        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns,
+        bpf_setsockopt,
+    },
     programs::{SkLookupContext, SockAddrContext, SockOpsContext},
 };
 use mesh_ebpf_common::{
@@ -68,6 +74,20 @@ pub fn netns_of_address(cx: &SockAddrContext) -> u64 {
 #[inline(always)]
 pub fn socket_of_address(cx: &SockAddrContext) -> Sock {
     read!(cx.sock_addr, __bindgen_anon_1.sk)
+}
+
+/// Number of the cgroup of the process that runs.
+#[inline(always)]
+pub fn cgroup() -> u64 {
+    // SAFETY: no preconditions.
+    unsafe { bpf_get_current_cgroup_id() }
+}
+
+/// Nanoseconds of the monotonic clock.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: no preconditions.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// What kind of socket it is.
@@ -196,10 +216,24 @@ pub fn watch_state(cx: &SockOpsContext) -> bool {
     cx.set_cb_flags(flags as i32).is_ok()
 }
 
-/// The new state, at a change of state.
+/// The former state and the new one, at a change of state.
 #[inline(always)]
-pub fn new_state(cx: &SockOpsContext) -> u32 {
-    read!(cx.ops, __bindgen_anon_1.args[1])
+pub fn states(cx: &SockOpsContext) -> (u32, u32) {
+    (read!(cx.ops, __bindgen_anon_1.args[0]), read!(cx.ops, __bindgen_anon_1.args[1]))
+}
+
+/// Asks to be called at packets of this socket that are not on the fast path, besides what others asked.
+#[inline(always)]
+pub fn watch_packets(cx: &SockOpsContext) {
+    let flags = read!(cx.ops, bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG;
+    let _ = cx.set_cb_flags(flags as i32);
+}
+
+/// True when the packet of this operation carries a FIN.
+#[inline(always)]
+pub fn with_fin(cx: &SockOpsContext) -> bool {
+    const FIN: u32 = 1;
+    read!(cx.ops, skb_tcp_flags) & FIN != 0
 }
 
 /// True when the packet of this operation carries a SYN: TCP Fast Open.
@@ -209,12 +243,21 @@ pub fn by_syn(cx: &SockOpsContext) -> bool {
     read!(cx.ops, skb_tcp_flags) & SYN != 0
 }
 
-/// What the socket has carried.
+/// What the socket of a client has carried when it closes in `state`. The kernel counts a SYN and a FIN as a byte each:
+/// `peer_fin` tells that the peer's FIN came after our own.
 #[inline(always)]
-pub fn figures(cx: &SockOpsContext) -> Figures {
+pub fn figures(cx: &SockOpsContext, state: u32, peer_fin: bool) -> Figures {
+    let (acked, received) = (read!(cx.ops, bytes_acked), read!(cx.ops, bytes_received));
+    let (unacked, next) = (read!(cx.ops, snd_una), read!(cx.ops, snd_nxt));
+    let our_fin = match state {
+        BPF_TCP_FIN_WAIT2 => true,
+        BPF_TCP_CLOSING | BPF_TCP_LAST_ACK => unacked == next,
+        _ => false,
+    };
+    let peer_fin = peer_fin || matches!(state, BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING);
     Figures {
-        sent_bytes: read!(cx.ops, bytes_acked),
-        received_bytes: read!(cx.ops, bytes_received),
+        sent_bytes: acked.saturating_sub(1 + u64::from(our_fin)),
+        received_bytes: received.saturating_sub(u64::from(peer_fin)),
         // The kernel keeps eight times the value.
         rtt_us: read!(cx.ops, srtt_us) >> 3,
         retransmits: read!(cx.ops, total_retrans),

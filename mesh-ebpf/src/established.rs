@@ -10,16 +10,17 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PARSE_HDR_OPT_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT1,
     },
     programs::SockOpsContext,
 };
 use mesh_ebpf_common::{
     event::{EVENT_CLOSED, EVENT_CUT, EVENT_OPENED, EVENT_REFUSED},
     map::{
-        FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OWN, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord,
-        PodEntry, SocketState,
+        FLOW_COUNTED, FLOW_DIRECT, FLOW_ESTABLISHED, FLOW_OWN, FLOW_PEER_FIN, FLOW_PROBE, FLOW_REFUSED,
+        FLOW_SELF, FLOW_TO_AGENT, FlowKey, FlowRecord, PodEntry, SocketState,
     },
     reason::Reason,
 };
@@ -37,7 +38,8 @@ pub fn on(cx: &SockOpsContext) {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => active(cx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => passive(cx),
         // The hook is called for other programs' sockets too; without a state of ours nothing happens.
-        BPF_SOCK_OPS_STATE_CB if ctx::new_state(cx) == BPF_TCP_CLOSE => closed(cx),
+        BPF_SOCK_OPS_STATE_CB => changed(cx),
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB if ctx::with_fin(cx) => peer_fin(cx),
         _ => {}
     }
 }
@@ -46,7 +48,7 @@ pub fn on(cx: &SockOpsContext) {
 #[inline(always)]
 fn connecting(cx: &SockOpsContext) {
     let netns = ctx::netns_of_ops(cx);
-    let Some(pod) = maps::capturing(netns) else { return };
+    let Some(pod) = maps::capturing(netns) else { return probing(cx, netns) };
     let ends = ctx::ends(cx);
     let socket = ctx::socket_of_ops(cx);
     if socket.is_null() {
@@ -68,9 +70,35 @@ fn connecting(cx: &SockOpsContext) {
         return lead_astray(cx);
     };
     match check(&state.record, netns, &ends) {
+        // Asked at connect too; with Fast Open many sockets may have been decided about meanwhile.
+        Ok(()) if maps::exhausted(pod.id) => block(cx, netns, pod, &ends, state, Reason::PodQuota),
         Ok(()) => record(cx, netns, &ends, state),
         Err(reason) => block(cx, netns, pod, &ends, state, reason),
     }
+}
+
+/// A probe of the kubelet that connect has let through: it needs a record of its own, or it arrives as plaintext.
+#[inline(always)]
+fn probing(cx: &SockOpsContext, netns: u64) {
+    if netns != maps::kubelet().0 {
+        return;
+    }
+    let socket = ctx::socket_of_ops(cx);
+    if socket.is_null() {
+        return;
+    }
+    let Some(state) = maps::state(socket) else { return };
+    let ends = ctx::ends(cx);
+    let as_decided = state.record.key.dst == ends.remote.ip && state.record.key.dport == ends.remote.port;
+    if state.record.kind != FLOW_PROBE || !as_decided {
+        return;
+    }
+    complete(cx, netns, &ends, &mut state.record);
+    if !ctx::watch_state(cx) || FLOWS.insert(&state.record.key, &state.record, 0).is_err() {
+        return maps::count(Reason::MapFull);
+    }
+    state.recorded = 1;
+    maps::count(Reason::Recorded);
 }
 
 /// Is the decision about this very connection, and still good?
@@ -105,9 +133,13 @@ fn record(cx: &SockOpsContext, netns: u64, ends: &Ends, state: &mut SocketState)
         // anonymous plaintext: it must not leave.
         lead_astray(cx);
         maps::count(Reason::MapFull);
+        refused!(cx, Reason::MapFull, &state.record.key);
         return maps::emit(EVENT_REFUSED, Reason::MapFull, &state.record, Figures::default());
     }
     state.recorded = 1;
+    if state.record.kind != FLOW_OWN && maps::use_up(state.record.src_pod, 1) {
+        state.record.flags |= FLOW_COUNTED;
+    }
     maps::count(Reason::Recorded);
 }
 
@@ -118,6 +150,7 @@ fn complete(cx: &SockOpsContext, netns: u64, ends: &Ends, record: &mut FlowRecor
     record.key.dst = ends.remote.ip;
     record.key.dport = ends.remote.port;
     record.client_netns = netns;
+    record.opened_ns = ctx::now_ns();
     record.socket = ctx::cookie_of_ops(cx);
 }
 
@@ -144,11 +177,19 @@ fn block(
     state.record.src_pod = pod.id;
     state.record.key.netns = netns;
     complete(cx, netns, ends, &mut state.record);
-    // Where there is no room, there is no record either, and that refuses as well.
-    if ctx::watch_state(cx) && FLOWS.insert(&state.record.key, &state.record, 0).is_ok() {
+    // Where there is no room, there is no record either, and that refuses as well. A pod without room of its own gets
+    // none.
+    if !matches!(reason, Reason::PodQuota)
+        && ctx::watch_state(cx)
+        && FLOWS.insert(&state.record.key, &state.record, 0).is_ok()
+    {
         state.recorded = 1;
+        if maps::use_up(pod.id, 1) {
+            state.record.flags |= FLOW_COUNTED;
+        }
     }
     maps::count(reason);
+    refused!(cx, reason, &state.record.key);
     maps::emit(EVENT_REFUSED, reason, &state.record, Figures::default());
 }
 
@@ -160,7 +201,7 @@ fn active(cx: &SockOpsContext) {
         return;
     }
     let Some(state) = maps::state(socket) else { return };
-    if state.recorded == 0 || state.record.kind != FLOW_DIRECT {
+    if state.recorded == 0 || !matches!(state.record.kind, FLOW_DIRECT | FLOW_PROBE) {
         return;
     }
     state.record.flags |= FLOW_ESTABLISHED;
@@ -207,8 +248,10 @@ fn passive(cx: &SockOpsContext) {
     let reason = match FLOWS.get_ptr_mut(&key).map(|record| unsafe { &mut *record }) {
         Some(record) if record.key != key => Reason::OpenedUnrecorded,
         Some(record) if record.kind == FLOW_SELF => return maps::count(Reason::Opened),
-        Some(record) if record.kind != FLOW_DIRECT => Reason::OpenedUnrecorded,
-        Some(record) if record.generation != maps::config().0 => Reason::OpenedStale,
+        Some(record) if !matches!(record.kind, FLOW_DIRECT | FLOW_PROBE) => Reason::OpenedUnrecorded,
+        Some(record) if record.kind == FLOW_DIRECT && record.generation != maps::config().0 => {
+            Reason::OpenedStale
+        }
         // One connection, one handshake: the client may hold its half long after the server has closed.
         Some(record) if record.server_socket != 0 => Reason::OpenedForged,
         // Whoever completes the handshake before the recorded socket has the SYN-ACK is somebody else. With TCP Fast
@@ -217,6 +260,9 @@ fn passive(cx: &SockOpsContext) {
         Some(record) => {
             record.server_socket = ctx::cookie_of_ops(cx);
             maps::count(Reason::Opened);
+            if record.kind == FLOW_PROBE {
+                return;
+            }
             return maps::emit(EVENT_OPENED, Reason::Opened, record, Figures::default());
         }
         None => Reason::OpenedUnrecorded,
@@ -230,6 +276,7 @@ fn passive(cx: &SockOpsContext) {
 fn cut(cx: &SockOpsContext, key: &FlowKey, netns: u64, reason: Reason) {
     ctx::divert(cx);
     maps::count(reason);
+    refused!(cx, reason, key);
     let record = FlowRecord {
         key: *key,
         socket: ctx::cookie_of_ops(cx),
@@ -239,9 +286,40 @@ fn cut(cx: &SockOpsContext, key: &FlowKey, netns: u64, reason: Reason) {
     maps::emit(EVENT_CUT, reason, &record, Figures::default());
 }
 
+/// A socket of ours, or of another program, is in another state now.
+#[inline(always)]
+fn changed(cx: &SockOpsContext) {
+    match ctx::states(cx) {
+        (former, BPF_TCP_CLOSE) => closed(cx, former),
+        // The peer's FIN counts as a byte, and from here on no state tells whether it came.
+        (_, BPF_TCP_FIN_WAIT1) => {
+            let socket = ctx::socket_of_ops(cx);
+            if socket.is_null() {
+                return;
+            }
+            if maps::state(socket).is_some_and(|state| state.record.kind == FLOW_DIRECT) {
+                ctx::watch_packets(cx);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The peer's FIN came after our own.
+#[inline(always)]
+fn peer_fin(cx: &SockOpsContext) {
+    let socket = ctx::socket_of_ops(cx);
+    if socket.is_null() {
+        return;
+    }
+    if let Some(state) = maps::state(socket) {
+        state.record.flags |= FLOW_PEER_FIN;
+    }
+}
+
 /// The record ends with its socket. No look at `PODS`: the pod may have left meanwhile.
 #[inline(always)]
-fn closed(cx: &SockOpsContext) {
+fn closed(cx: &SockOpsContext, former: u32) {
     let socket = ctx::socket_of_ops(cx);
     if socket.is_null() {
         return;
@@ -258,8 +336,12 @@ fn closed(cx: &SockOpsContext) {
         let _ = map.remove(&state.record.key);
     }
     maps::count(Reason::Closed);
+    if state.record.flags & FLOW_COUNTED != 0 {
+        maps::use_up(state.record.src_pod, -1);
+    }
     if kind == FLOW_DIRECT {
-        maps::emit(EVENT_CLOSED, Reason::Closed, &state.record, ctx::figures(cx));
+        let figures = ctx::figures(cx, former, state.record.flags & FLOW_PEER_FIN != 0);
+        maps::emit(EVENT_CLOSED, Reason::Closed, &state.record, figures);
     }
     state.record.kind = 0;
 }

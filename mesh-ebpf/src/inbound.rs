@@ -3,7 +3,9 @@
 use aya_ebpf::{bindings::BPF_SK_LOOKUP_F_NO_REUSEPORT, programs::SkLookupContext};
 use mesh_ebpf_common::{
     HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT,
-    map::{FLOW_DIRECT, FLOW_SELF, FLOW_TO_AGENT, FlowKey, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT},
+    map::{
+        FLOW_DIRECT, FLOW_PROBE, FLOW_SELF, FLOW_TO_AGENT, FlowKey, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT,
+    },
     reason::Reason,
 };
 
@@ -47,6 +49,7 @@ pub fn arrive(cx: &SkLookupContext) -> u32 {
         }
         Door::Nowhere(reason) => {
             maps::count(reason);
+            refused!(cx, reason, &key);
             SK_DROP
         }
         Door::Agent(slot, reason) => {
@@ -59,6 +62,7 @@ pub fn arrive(cx: &SkLookupContext) -> u32 {
                 }
                 Err(_) => {
                     maps::count(Reason::LookupAssignFailed);
+                    refused!(cx, Reason::LookupAssignFailed, &key);
                     SK_DROP
                 }
             }
@@ -81,7 +85,8 @@ fn door(key: &FlowKey) -> Door {
             FLOW_SELF => Door::Application(Reason::LookupAuthorised),
             FLOW_DIRECT if generation != maps::config().0 => Door::Nowhere(Reason::LookupStale),
             // One connection, one handshake.
-            FLOW_DIRECT if accepted => Door::Nowhere(Reason::LookupRefused),
+            FLOW_DIRECT | FLOW_PROBE if accepted => Door::Nowhere(Reason::LookupRefused),
+            FLOW_PROBE => Door::Application(Reason::LookupProbe),
             FLOW_DIRECT => Door::Application(Reason::LookupAuthorised),
             _ => Door::Nowhere(Reason::LookupRefused),
         };

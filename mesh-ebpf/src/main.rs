@@ -3,6 +3,18 @@
 //! All are attached once per agent at the root of the cgroup hierarchy, except `inbound`, which is loaded once per pod
 //! with the pod's constants. A namespace that the agent has not enrolled is left alone by every one of them.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(
+        internal_features,
+        reason = "BPF has an atomic addition, but the library offers it only with compare-and-swap"
+    )
+)]
+
+#[cfg(target_arch = "bpf")]
+#[macro_use]
+mod log;
 
 #[cfg(target_arch = "bpf")]
 mod conclude;

@@ -1,7 +1,10 @@
 //! Every map, under the name that the pin, the agent and the metrics use, and the accesses that more than one program
 //! needs.
 
-use core::ffi::c_void;
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_xadd},
+};
 
 use aya_ebpf::{
     Global,
@@ -20,8 +23,9 @@ use mesh_ebpf_common::{
     event::Event,
     map::{
         Config, EVENT_BYTES, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, MAX_ADDRESSES,
-        MAX_ENDPOINTS, MAX_FLOWS, MAX_OWN_FLOWS, MAX_PODS, MAX_REASONS, MAX_SERVICES, MAX_VERDICTS,
-        POD_CAPTURE, PodEntry, SLOTS_PER_POD, Service, ServiceKey, SocketState, VerdictEntry, VerdictKey,
+        MAX_ENDPOINTS, MAX_FLOWS, MAX_OWN_FLOWS, MAX_PODS, MAX_PROBES, MAX_REASONS, MAX_SERVICES,
+        MAX_VERDICTS, POD_CAPTURE, PodEntry, ProbeKey, Probed, SLOTS_PER_POD, Service, ServiceKey,
+        SocketState, Usage, VerdictEntry, VerdictKey,
     },
     reason::Reason,
     verdict::World,
@@ -42,6 +46,10 @@ static ENDPOINTS: HashMap<EndpointKey, Endpoint> =
 #[map]
 static VERDICTS: HashMap<VerdictKey, VerdictEntry> =
     HashMap::with_max_entries(MAX_VERDICTS, BPF_F_NO_PREALLOC);
+#[map]
+static PROBES: HashMap<ProbeKey, Probed> = HashMap::with_max_entries(MAX_PROBES, BPF_F_NO_PREALLOC);
+#[map]
+static USAGE: HashMap<u32, Usage> = HashMap::with_max_entries(MAX_PODS, 0);
 /// A plain hash: an evicted flow would hide from a cut by policy.
 #[map]
 pub static FLOWS: HashMap<FlowKey, FlowRecord> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
@@ -117,6 +125,46 @@ pub fn config() -> (u64, u32) {
         },
         None => (0, u32::MAX),
     }
+}
+
+/// Cookie of the node's own namespace and number of the kubelet's cgroup; zeros where no kubelet is known.
+#[inline(always)]
+pub fn kubelet() -> (u64, u64) {
+    match CONFIG.get_ptr(0) {
+        // SAFETY: as in `config`.
+        Some(config) => unsafe {
+            (
+                (&raw const (*config).node_netns).read_volatile(),
+                (&raw const (*config).kubelet).read_volatile(),
+            )
+        },
+        None => (0, 0),
+    }
+}
+
+/// True when this pod has as many live connections as one pod may have.
+#[inline(always)]
+pub fn exhausted(pod: u32) -> bool {
+    let bound = match CONFIG.get_ptr(0) {
+        // SAFETY: as in `config`.
+        Some(config) => unsafe { (&raw const (*config).pod_flows).read_volatile() },
+        None => return true,
+    };
+    let Some(usage) = USAGE.get_ptr(pod) else { return false };
+    // SAFETY: an element of a preallocated map; another pod's count at worst, while this one is being released.
+    bound != 0 && unsafe { (&raw const (*usage).0).read_volatile() } >= u64::from(bound)
+}
+
+/// Counts a live connection of this pod, or that it ended. False when the pod is not counted (any more).
+#[inline(always)]
+pub fn use_up(pod: u32, change: i64) -> bool {
+    let Some(usage) = USAGE.get_ptr_mut(pod) else { return false };
+    // SAFETY: eight aligned bytes that every program changes by atomic additions only. A number of a pod is never
+    // given twice, and the count of a pod that is gone goes with it.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>((&raw mut (*usage).0).cast(), change as u64)
+    };
+    true
 }
 
 /// True for an address of the pod in this namespace, and for the loopback.
@@ -254,6 +302,10 @@ impl World for Maps {
     fn verdict(&self, key: &VerdictKey) -> Option<&VerdictEntry> {
         // SAFETY: `decide` compares the key that the value repeats.
         unsafe { VERDICTS.get(key) }
+    }
+    #[inline(always)]
+    fn probed(&self, key: &ProbeKey) -> bool {
+        PROBES.get_ptr(key).is_some()
     }
     #[inline(always)]
     fn chance(&self) -> u32 {

@@ -136,6 +136,9 @@ pub fn pending(agent: &Agent) -> Vec<String> {
     if agent.world.now().is_none() {
         pending.push("control plane".to_owned());
     }
+    if let Some(why) = &*agent.out_of_line.lock() {
+        pending.push(format!("kernel: {why}"));
+    }
     if agent.draining.is_started() {
         pending.push("draining".to_owned());
     }
@@ -253,7 +256,10 @@ impl Admin {
     fn kernel(&self) -> AdminResponse {
         match (self.agent.kernel.counters(), self.agent.kernel.pods()) {
             (Ok(counters), Ok(pods)) => {
-                let shown = serde_json::json!({ "counters": counters, "pods": pods, "probe": self.probe });
+                let kubelet = self.agent.kubelet.lock().clone();
+                let shown = serde_json::json!({
+                    "counters": counters, "pods": pods, "probe": self.probe, "kubelet": kubelet,
+                });
                 AdminResponse::json(200, &shown)
             }
             (Err(error), _) | (_, Err(error)) => AdminResponse::text(500, format!("{error}\n")),

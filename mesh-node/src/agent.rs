@@ -22,15 +22,19 @@ use mesh_net::{
 };
 use parking_lot::Mutex;
 use socket2::Socket;
-use tokio::{net::TcpStream, sync::watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Semaphore, watch},
+};
 
 use crate::{
     connections::{Connections, Owner},
     direct::Direct,
     kernel::{
         self, Kernel, KernelError, KernelState, PodSlot,
-        lower::{LocalWorkload, lower},
+        lower::{LocalWorkload, Lowering},
     },
+    kubelet::Found,
     pods::{Pod, Table, netns::Netns, record::Kept, route::MARKING},
     source::{self, AppError, Dialling},
     world::World,
@@ -77,8 +81,22 @@ pub struct Agent {
     pub pods: watch::Receiver<Arc<Table>>,
     /// When to sweep again because something was undecided.
     pub again: watch::Sender<Option<Instant>>,
-    /// The identities whose certificates are wanted; also keeps one enforcement at a time.
-    pub wanted: Mutex<BTreeSet<Identity>>,
+    /// What the last enforcement left for the next one; also keeps one at a time.
+    pub enforcing: Mutex<Enforcing>,
+    /// What is known of the kubelet.
+    pub kubelet: Mutex<Found>,
+    /// Why the kernel is not in line with the world; none when it is.
+    pub out_of_line: Mutex<Option<String>>,
+    /// Connections of one pod that pass through the agent at the same time.
+    pub pod_connections: usize,
+}
+
+/// What one enforcement leaves for the next.
+#[derive(Default)]
+pub struct Enforcing {
+    /// The identities whose certificates are wanted.
+    wanted: BTreeSet<Identity>,
+    lowering: Lowering,
 }
 
 /// Whether the agent is to let go of the node, before the mesh is removed.
@@ -146,7 +164,8 @@ impl Agent {
         // Tunnels are tasks of the agent: those of the pod are counted to see when its connections have ended, and an
         // idle tunnel would never let that happen.
         let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
-        Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool }
+        let places = Arc::new(Semaphore::new(self.pod_connections));
+        Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool, places }
     }
 
     /// Takes a socket out of capture; before it connects.
@@ -186,17 +205,30 @@ impl Agent {
     }
 
     /// Brings kernel, live connections and wanted certificates in line with the world and the pods as they are now.
-    /// Returns when all of it is in force.
+    /// Returns when all of it is in force. Done away from the runtime's workers: it asks policies about pairs of pods
+    /// and makes a system call for each entry that changes, and connections must not wait for that.
     ///
     /// # Errors
     /// The kernel refused; what permits less has been written then.
-    pub fn enforce(&self) -> Result<(), KernelError> {
-        let mut wanted = self.wanted.lock();
+    pub async fn enforce(self: &Arc<Self>) -> Result<(), KernelError> {
+        let agent = self.clone();
+        let enforced = tokio::task::spawn_blocking(move || agent.enforce_here()).await;
+        enforced.unwrap_or_else(|_| {
+            Err(KernelError::Program {
+                what: "bring the kernel in line".to_owned(),
+                why: "it panicked".to_owned(),
+            })
+        })
+    }
+
+    fn enforce_here(&self) -> Result<(), KernelError> {
+        let mut enforcing = self.enforcing.lock();
         let (world, table) = (self.world.now(), self.pods.borrow().clone());
-        self.want(&mut wanted, world.as_deref(), &table);
+        self.want(&mut enforcing.wanted, world.as_deref(), &table);
         // Without a world the pinned maps stay as they are: what was permitted before a restart goes on.
         let Some(world) = world else { return Ok(()) };
-        let report = self.kernel.sync(&self.lower(&world, &table));
+        let report = self.kernel.sync(&self.lower(&mut enforcing.lowering, &world, &table));
+        *self.out_of_line.lock() = report.as_ref().err().map(ToString::to_string);
         if let Ok(report) = &report {
             self.direct.were_cut(&report.cut);
         }
@@ -218,13 +250,15 @@ impl Agent {
     }
 
     /// What the kernel should hold.
-    fn lower(&self, world: &Snapshot, table: &Table) -> KernelState {
+    fn lower(&self, lowering: &mut Lowering, world: &Snapshot, table: &Table) -> KernelState {
         let described = |pod: &Arc<Pod>| {
             let workload = pod.owner.workload(world).ok()?;
-            Some(LocalWorkload { id: pod.slot.id, workload })
+            let probe_ports =
+                world.pod(&pod.owner.uid).map(|pod| pod.probe_ports.clone()).unwrap_or_default();
+            Some(LocalWorkload { id: pod.slot.id, workload, probe_ports })
         };
         let local: Vec<LocalWorkload> = table.serving.values().filter_map(described).collect();
-        lower(world, &self.node, &local)
+        lowering.lower(world, &self.node, &local)
     }
 
     /// What a pod proves: as the world describes it, or as it will.
@@ -263,7 +297,7 @@ pub async fn sweep_again(agent: Arc<Agent>, draining: Draining) {
         tokio::select! {
             () = draining.forced() => return,
             changed = again.changed() => if changed.is_err() { return },
-            () = due => if let Err(error) = agent.enforce() {
+            () = due => if let Err(error) = agent.enforce().await {
                 tracing::error!(%error, "the kernel could not be brought in line");
             },
         }

@@ -1,14 +1,14 @@
 //! Builds the agent in the order in which bytes meet it: kernel → pods with their listeners → feed; and takes it down
 //! in reverse. What is pinned in the kernel stays in force.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use mesh_core::limits;
 use mesh_net::{
     admin as endpoint,
     clock::{Chance, Clock},
-    drain,
+    drain::{self, Draining},
     grpc::{self, ChannelConfig},
     identity::{
         CertificateManager,
@@ -19,10 +19,11 @@ use mesh_net::{
     telemetry::{LogControl, Metrics},
     tunnel::Handshakes,
 };
+use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
 };
 
 use crate::{
@@ -36,6 +37,7 @@ use crate::{
     connections::Connections,
     direct, feed,
     kernel::{Kernel, KernelConfig},
+    kubelet,
     pods::{
         Keeper, Pods, Strays, Table,
         enrol::Enrolment,
@@ -65,6 +67,8 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         bpffs: config.bpffs.clone(),
         mount_bpffs: matches!(config.enrol, Enrol::Socket(_)),
         cgroup: config.cgroup.clone(),
+        pod_flows: config.pod_connections,
+        log: tracing::enabled!(target: "mesh_node::kernel::log", tracing::Level::DEBUG),
     })?;
     let events = kernel.events().context("read the kernel's events")?;
 
@@ -97,10 +101,16 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         draining: draining.clone(),
         pods: table.subscribe(),
         again: watch::Sender::new(None),
-        wanted: Mutex::new(BTreeSet::new()),
+        enforcing: Mutex::default(),
+        kubelet: Mutex::default(),
+        out_of_line: Mutex::default(),
+        pod_connections: pod_connections(config.pod_connections)?,
     });
     tasks.spawn(direct::listen(agent.clone(), events, draining.clone()));
     tasks.spawn(sweep_again(agent.clone(), draining.clone()));
+    tasks.spawn(forward_log(agent.clone(), draining.clone()));
+    let (given, root) = (config.kubelet_cgroup.clone(), probe.cgroup.clone());
+    tasks.spawn(kubelet::follow(agent.clone(), given, root, draining.clone()));
 
     let (mut keeper, pods) = Keeper::new(agent.clone(), Store::new(&config.state_dir), table);
     let strays = match config.enrol {
@@ -187,6 +197,24 @@ fn follow(
         None => tracing::warn!("no --cni-plugin: new pods are captured only after they have started"),
     }
     Ok(feed::Enrolling { following, again: asked_again })
+}
+
+/// Lines of the programs, where they have them.
+async fn forward_log(agent: Arc<Agent>, draining: Draining) {
+    tokio::select! {
+        () = draining.forced() => {}
+        ended = agent.kernel.forward_log() => if let Err(error) = ended {
+            tracing::warn!(%error, "the programs' log is not read");
+        },
+    }
+}
+
+/// Connections of one pod that may pass through the agent at the same time. Each takes two descriptors, and no pod may
+/// have more than a quarter of them.
+fn pod_connections(wanted: u32) -> anyhow::Result<usize> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).context("read RLIMIT_NOFILE")?;
+    let most = usize::try_from(soft / 2 / 4).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+    Ok(usize::try_from(wanted).unwrap_or(usize::MAX).min(most))
 }
 
 /// SIGTERM, SIGINT or a request.

@@ -76,6 +76,15 @@ pub struct Settings {
     /// absent.
     #[arg(long, env = "UNDERMESH_CGROUP", value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
+    /// Connections that one pod may have at the same time: in the kernel's records, and through the agent. The latter are
+    /// at most a quarter of what the agent's descriptors can hold, whatever is said here.
+    #[arg(long, env = "UNDERMESH_POD_CONNECTIONS", default_value_t = 32768, value_name = "COUNT",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub pod_connections: u32,
+    /// cgroup v2 directory of the kubelet's unit: its probes reach the ports that pods declare for them, also where
+    /// mTLS is required. Looked for among the usual units of systemd if absent.
+    #[arg(long, env = "UNDERMESH_KUBELET_CGROUP", value_name = "DIR")]
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Trust domain until the control plane names another one.
     #[arg(long, env = "UNDERMESH_TRUST_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
     pub trust_domain: String,
@@ -179,6 +188,10 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// Given cgroup directory.
     pub cgroup: Option<PathBuf>,
+    /// Connections of one pod at the same time.
+    pub pod_connections: u32,
+    /// Given cgroup directory of the kubelet.
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Trust domain to start with.
     pub trust_domain: String,
 }
@@ -237,6 +250,8 @@ impl Config {
             admin_socket: settings.admin_socket.clone(),
             bpffs: settings.bpffs.clone(),
             cgroup: settings.cgroup.clone(),
+            pod_connections: settings.pod_connections,
+            kubelet_cgroup: settings.kubelet_cgroup.clone(),
             trust_domain: settings.trust_domain.clone(),
         })
     }
@@ -307,6 +322,8 @@ mod tests {
             admin_socket: at("run/admin.sock"),
             bpffs: at("bpf"),
             cgroup: None,
+            pod_connections: 1000,
+            kubelet_cgroup: None,
             trust_domain: "cluster.local".to_owned(),
             log_format: LogFormat::Text,
         }

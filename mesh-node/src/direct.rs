@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use mesh_core::{Refusal, explain, flag::Flag, inbound, limits, model::Workload, snapshot::Snapshot};
@@ -20,7 +20,7 @@ use crate::{
     agent::Agent,
     connections::{End, Swept},
     inbound::arrival,
-    kernel::{DirectFlow, Events, Kernel, KernelEvent, PodSlot, flag_of},
+    kernel::{self, DirectFlow, Events, Kernel, KernelEvent, PodSlot, flag_of},
     pods::{Pod, Table},
     report::{self, Failure, Told},
     world::not_known_yet,
@@ -31,6 +31,13 @@ use crate::{
 pub struct Direct {
     open: Mutex<HashMap<u64, Open>>,
     undecided: Mutex<HashMap<u64, Instant>>,
+    former: Mutex<HashMap<u64, Former>>,
+}
+
+/// A flow that was open when this process started: a former one opened its record and left it to us.
+#[derive(Clone, Copy, Debug, Default)]
+struct Former {
+    cut: bool,
 }
 
 struct Open {
@@ -138,10 +145,12 @@ impl Direct {
 
     /// Remembers that these were cut by a change of policy, for their records.
     pub fn were_cut(&self, flows: &[DirectFlow]) {
-        let mut open = self.open.lock();
+        let (mut open, mut former) = (self.open.lock(), self.former.lock());
         for flow in flows {
             if let Some(open) = open.get_mut(&flow.socket) {
                 open.cut = true;
+            } else if let Some(former) = former.get_mut(&flow.socket) {
+                former.cut = true;
             }
         }
     }
@@ -172,59 +181,32 @@ impl Direct {
             .collect())
     }
 
-    /// Closes the records of what goes on in the kernel while this process stops.
+    /// Lets go of what goes on in the kernel while this process stops: the next one closes the records.
     pub fn stop(&self) {
         for (_, open) in self.open.lock().drain() {
-            open.arrival.closed(None);
-            open.record.fail(Flag::Drain, "the agent stops; the kernel carries the connection on");
+            open.record.leave();
         }
     }
 
     fn opened(&self, agent: &Agent, flow: &DirectFlow) {
-        let (src, dst) = ends(agent, flow.src_pod, flow.src, flow.dst);
-        let world = agent.world.now();
-        let proven = src.as_ref().map(|src| src.identity());
-        let expected = dst.as_ref().map(|dst| dst.identity());
-        let mut record = AccessRecord::open(Side::Outbound, Some(flow.src));
-        record.details.src = report::party(flow.src, src.as_deref(), proven.clone());
-        record.details.dst = report::party(flow.dst, dst.as_deref(), expected.clone());
-        record.details.path = Some(Path::Direct);
-        record.details.reason = Some(REASON.to_owned());
-        let dialled = flow.dialled.filter(|dialled| *dialled != flow.dst);
-        let service = match (&world, &src, dialled) {
-            (Some(world), Some(src), Some(dialled)) => {
-                world.service_by_vip(&src.namespace, dialled.ip()).cloned()
-            }
-            _ => None,
-        };
-        record.details.service = service.as_ref().map(|service| service.key.hostname.to_string());
-        if let (Some(world), Some(dst)) = (&world, &dst) {
-            let arrival = arrival(proven.clone(), flow.src, flow.dst, None);
-            if let Ok(admission) = inbound::admit(world, dst, &arrival) {
-                record.details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
-            }
+        // What was told while no agent was here has been adopted by now.
+        if !self.former.lock().contains_key(&flow.socket) {
+            agent.connections.direct(flow.src, flow.dst, true);
         }
-        // Identities are the kernel's knowledge here, not a handshake's.
-        let told = Told {
-            source: src,
-            source_identity: None,
-            destination: dst,
-            destination_identity: None,
-            service,
-        };
-        told.count(&mut record, &agent.metrics, Side::Outbound);
-        let arrival = agent.metrics.connection(told.labels(Side::Inbound, Path::Direct.name()));
-        agent.connections.direct(flow.src, flow.dst, true);
-        self.open.lock().insert(
-            flow.socket,
-            Open { record, ends: (flow.src, flow.dst), missed: None, arrival, cut: false },
-        );
+        self.open.lock().insert(flow.socket, open(agent, flow));
     }
 
     fn closed(&self, agent: &Agent, flow: &DirectFlow, sent_bytes: u64, received_bytes: u64) {
         agent.connections.direct(flow.src, flow.dst, false);
-        // Opened before this process: its record was the former one's.
-        let Some(Open { record, arrival, cut, .. }) = self.open.lock().remove(&flow.socket) else { return };
+        let (known, former) =
+            (self.open.lock().remove(&flow.socket), self.former.lock().remove(&flow.socket));
+        // Without a handshake nobody accepted it, and there is nothing to tell.
+        let Some(Open { record, arrival, cut, .. }) =
+            known.or_else(|| flow.established.then(|| open(agent, flow)))
+        else {
+            return;
+        };
+        let cut = cut || former.is_some_and(|former| former.cut);
         let counters = record.counters();
         counters.add_a_to_b(sent_bytes);
         counters.add_b_to_a(received_bytes);
@@ -245,6 +227,46 @@ impl Direct {
         };
         report::close(record, Err(failure));
     }
+}
+
+/// Tells of a flow that reached its application.
+fn open(agent: &Agent, flow: &DirectFlow) -> Open {
+    let (src, dst) = ends(agent, flow.src_pod, flow.src, flow.dst);
+    let world = agent.world.now();
+    let proven = src.as_ref().map(|src| src.identity());
+    let expected = dst.as_ref().map(|dst| dst.identity());
+    let mut record = AccessRecord::open_since(Side::Outbound, Some(flow.src), since(flow.opened_ns));
+    record.details.src = report::party(flow.src, src.as_deref(), proven.clone());
+    record.details.dst = report::party(flow.dst, dst.as_deref(), expected.clone());
+    record.details.path = Some(Path::Direct);
+    record.details.reason = Some(REASON.to_owned());
+    let dialled = flow.dialled.filter(|dialled| *dialled != flow.dst);
+    let service = match (&world, &src, dialled) {
+        (Some(world), Some(src), Some(dialled)) => {
+            world.service_by_vip(&src.namespace, dialled.ip()).cloned()
+        }
+        _ => None,
+    };
+    record.details.service = service.as_ref().map(|service| service.key.hostname.to_string());
+    if let (Some(world), Some(dst)) = (&world, &dst) {
+        let arrival = arrival(proven.clone(), flow.src, flow.dst, None);
+        if let Ok(admission) = inbound::admit(world, dst, &arrival) {
+            record.details.policy = admission.decider.as_ref().map(|decider| decider.policy.to_string());
+        }
+    }
+    // Identities are the kernel's knowledge here, not a handshake's.
+    let told =
+        Told { source: src, source_identity: None, destination: dst, destination_identity: None, service };
+    told.count(&mut record, &agent.metrics, Side::Outbound);
+    let arrival = agent.metrics.connection(told.labels(Side::Inbound, Path::Direct.name()));
+    Open { record, ends: (flow.src, flow.dst), missed: None, arrival, cut: false }
+}
+
+/// A moment of the kernel's clock as ours; both are the monotonic one.
+fn since(opened_ns: u64) -> tokio::time::Instant {
+    let ago = Duration::from_nanos(kernel::monotonic_ns().saturating_sub(opened_ns));
+    let now = tokio::time::Instant::now();
+    now.checked_sub(ago).unwrap_or(now)
 }
 
 /// Why a direct flow is direct.
@@ -311,6 +333,7 @@ fn chosen(source: Option<&Workload>, src: SocketAddr, dst: SocketAddr) -> Socket
 pub async fn listen(agent: Arc<Agent>, mut events: Events, draining: Draining) {
     for flow in agent.kernel.direct_flows().unwrap_or_default() {
         agent.connections.direct(flow.src, flow.dst, true);
+        agent.direct.former.lock().insert(flow.socket, Former::default());
     }
     loop {
         let event = tokio::select! {

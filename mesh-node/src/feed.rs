@@ -47,11 +47,8 @@ struct InForce {
 impl Apply for InForce {
     fn apply<'a>(&'a self, world: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async move {
-            if !self.pending.lock().is_empty() {
-                return Ok(());
-            }
             self.agent.world.replace(world);
-            self.agent.enforce().map_err(|error| error.to_string())
+            self.agent.enforce().await.map_err(|error| error.to_string())
         })
     }
 
@@ -63,10 +60,6 @@ impl Apply for InForce {
     ) -> BoxFuture<'a, Vec<Rejected>> {
         Box::pin(async move {
             let Some(following) = &self.following else { return Vec::new() };
-            // Until the world is whole nobody is enrolled by it; whichever answer completes it brings the pods along.
-            if !self.pending.lock().is_empty() {
-                return Vec::new();
-            }
             let first = !self.followed.swap(true, Ordering::Relaxed);
             if type_url != TYPE_LOCAL_POD && !first {
                 return Vec::new();
@@ -83,6 +76,10 @@ impl Apply for InForce {
 
     fn answered(&self, type_url: &'static str) {
         self.pending.lock().remove(type_url);
+    }
+
+    fn waits(&self) -> bool {
+        !self.pending.lock().is_empty()
     }
 }
 

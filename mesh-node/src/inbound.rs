@@ -93,6 +93,13 @@ async fn carry(
     local: IpAddr,
     record: &mut AccessRecord,
 ) -> Result<(), Failure> {
+    let _place = match at.pod.place() {
+        Ok(place) => place,
+        Err(failure) => {
+            at.agent.metrics.refuse(failure.flag);
+            return Err(refuse(incoming, failure));
+        }
+    };
     let to = match inbound::serves(local, &incoming.authority) {
         Ok(to) => to,
         Err(refusal) => return Err(refuse(incoming, refusal.into())),

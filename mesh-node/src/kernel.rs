@@ -8,6 +8,7 @@
 mod destroy;
 mod events;
 mod load;
+mod log;
 pub mod lower;
 mod maps;
 mod pins;
@@ -34,6 +35,7 @@ use parking_lot::Mutex;
 pub use events::Events;
 pub use pins::{CleanWhat, clean};
 pub use probe::{FWMARK_ACCEPT, SOCK_DESTROY};
+pub use sys::{monotonic_ns, netns_cookie};
 pub use types::*;
 
 use maps::{Maps, fault};
@@ -52,6 +54,10 @@ struct Inner {
     /// What the maps hold. Held while they are brought to something else.
     held: Mutex<sync::Held>,
     can_destroy: bool,
+    /// What is loaded for each pod.
+    object: &'static [u8],
+    /// Its programs log.
+    logs: bool,
 }
 
 /// Looks at what the kernel offers without changing anything but mounting bpffs.
@@ -73,26 +79,31 @@ impl Kernel {
             return Err(KernelError::Unsupported { what });
         }
         let pins = pins::Pins::own(&config.bpffs, &config.node)?;
-        load::make_maps(&pins)?;
+        let (object, logs) = load::object(config.log);
+        load::make_maps(&pins, object)?;
         let maps = Maps::open(&pins.maps())?;
-        let hash = load::object_hash();
+        let hash = load::object_hash(object);
         let complete = load::CGROUP_PROGRAMS.iter().all(|name| pins.link(name).exists());
         report.reused = complete && maps.config()?.object == hash;
         if !report.reused {
-            load::attach_cgroup(&pins, &report.cgroup)?;
+            load::attach_cgroup(&pins, object, &report.cgroup)?;
             for (netns, pod) in maps.pods.entries()? {
-                load::attach_inbound(&pins, netns, pod.slot, None)?;
+                load::attach_inbound(&pins, object, netns, pod.slot, None)?;
             }
         }
+        let pod_flows = config.pod_flows;
         maps.configure(|config| {
             config.object = hash;
             config.generation = config.generation.max(1);
             config.next_pod = config.next_pod.max(1);
             config.next_service = config.next_service.max(1);
+            config.pod_flows = pod_flows;
+            // Told again by whoever knows the kubelet.
+            (config.node_netns, config.kubelet) = (0, 0);
         })?;
         let can_destroy = report.has(SOCK_DESTROY);
         let held = Mutex::new(sync::Held::read(&maps)?);
-        let inner = Inner { pins, maps, pods: Mutex::default(), held, can_destroy };
+        let inner = Inner { pins, maps, pods: Mutex::default(), held, can_destroy, object, logs };
         let kernel = Self { inner: Arc::new(inner) };
         kernel.inner.remove_stale_links()?;
         Ok((kernel, report))
@@ -198,6 +209,7 @@ impl Kernel {
                 "SERVICES" => maps.services.entries()?.len(),
                 "ENDPOINTS" => maps.endpoints.entries()?.len(),
                 "VERDICTS" => maps.verdicts.entries()?.len(),
+                "PROBES" => maps.probes.entries()?.len(),
                 "FLOWS" => maps.flows.entries()?.len(),
                 _ => maps.own_flows.entries()?.len(),
             };
@@ -213,6 +225,27 @@ impl Kernel {
     pub fn events(&self) -> Result<Events, KernelError> {
         let ring = Maps::events(&self.inner.pins.maps())?;
         Events::new(ring, self.inner.clone())
+    }
+
+    /// Tells the programs which processes are the kubelet's: those in the cgroup of this number, in the network namespace
+    /// of this cookie. `None`: none are.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_kubelet(&self, kubelet: Option<Kubelet>) -> Result<(), KernelError> {
+        let Kubelet { node_netns, cgroup } = kubelet.unwrap_or_default();
+        self.inner
+            .maps
+            .configure(|config| (config.node_netns, config.kubelet) = (node_netns, cgroup))
+            .map(drop)
+    }
+
+    /// Forwards the programs' log lines for ever; ends at once where the programs have none.
+    ///
+    /// # Errors
+    /// When outside of a tokio runtime, or the kernel refuses.
+    pub async fn forward_log(&self) -> Result<(), KernelError> {
+        if self.inner.logs { log::forward(&self.inner.pins).await } else { Ok(()) }
     }
 
     /// The policy generation in force.
@@ -245,6 +278,7 @@ fn direct(record: &FlowRecord) -> DirectFlow {
         dst_pod: PodSlot { netns: key.netns, id: record.dst_pod },
         established: record.flags & FLOW_ESTABLISHED != 0,
         generation: record.generation,
+        opened_ns: record.opened_ns,
         socket: record.socket,
         server_socket: (record.server_socket != 0).then_some(record.server_socket),
     }

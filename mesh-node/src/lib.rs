@@ -12,6 +12,7 @@ pub mod direct;
 pub mod feed;
 pub mod inbound;
 pub mod kernel;
+pub mod kubelet;
 pub mod listeners;
 pub mod outbound;
 pub mod plaintext;

@@ -8,6 +8,7 @@ use std::{
 
 use mesh_core::tunnel::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
 use mesh_net::{
+    access::Side,
     listen::{Accepting, accept_loop},
     socket::{self, ListenOptions},
 };
@@ -22,6 +23,7 @@ use crate::{
         netns::{Netns, NetnsError},
         record::Kept,
     },
+    report,
 };
 
 /// One port, both families; no IPv6 where the namespace has none.
@@ -118,6 +120,7 @@ where
     F: Fn(Site, tokio::net::TcpStream, SocketAddr) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
+    let side = if port == OUTBOUND_PORT { Side::Outbound } else { Side::Inbound };
     for listener in [Some(pair.v4), pair.v6].into_iter().flatten() {
         let listener = socket::into_tokio(listener).map_err(|source| EnrolError::Listen { port, source })?;
         let accepting = Accepting {
@@ -135,8 +138,11 @@ where
         pod.tasks.spawn(accept_loop(listener, accepting, move |stream, peer| {
             let (agent, pod, serve) = (agent.clone(), pod_of_loop.upgrade(), serve.clone());
             async move {
-                if let Some(pod) = pod {
-                    serve(Site { agent, pod }, stream, socket::canonical(peer)).await;
+                let Some(pod) = pod else { return };
+                let peer = socket::canonical(peer);
+                match pod.place() {
+                    Ok(_place) => serve(Site { agent, pod: pod.clone() }, stream, peer).await,
+                    Err(failure) => report::turn_away(&agent.metrics, side, &stream, peer, failure),
                 }
             }
         }));

@@ -91,6 +91,8 @@ fn probe(settings: &ProbeSettings) -> anyhow::Result<()> {
         bpffs: settings.bpffs.clone(),
         mount_bpffs: true,
         cgroup: settings.cgroup.clone(),
+        pod_flows: 0,
+        log: false,
     })?;
     println!(
         "kernel  {}\ncgroup  {}\nbpffs   {}",

@@ -26,7 +26,7 @@ use mesh_net::{
 };
 use thiserror::Error;
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch},
     time::MissedTickBehavior,
 };
 
@@ -41,6 +41,7 @@ use crate::{
     connections::Owner,
     kernel::{self, HeldPod, KernelError, PodSlot},
     listeners,
+    report::Failure,
 };
 
 /// How often the names of namespaces are looked at.
@@ -70,12 +71,23 @@ pub struct Pod {
     pub tasks: TaskGroup,
     /// Its tunnels.
     pub pool: Pool,
+    /// What bounds its connections that pass through the agent: one pod must not use up the agent's descriptors.
+    pub places: Arc<Semaphore>,
 }
 
 impl Pod {
     /// What it is now.
     pub fn record(&self) -> PodRecord {
         self.kept.load().pod.clone()
+    }
+
+    /// Room for one more connection, for as long as the result lives.
+    ///
+    /// # Errors
+    /// `POD_QUOTA`.
+    pub fn place(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        let full = |_| Failure::new(Flag::PodQuota, Flag::PodQuota.text());
+        self.places.clone().try_acquire_owned().map_err(full)
     }
 
     /// Whether it was let go while the agent goes on.
@@ -372,7 +384,7 @@ impl Keeper {
         }
         tracing::info!(uid = next.pod.uid, ips = ?next.pod.ips, "pod has other addresses");
         pod.kept.store(Arc::new(next));
-        Ok(self.agent.enforce()?)
+        Ok(self.agent.enforce().await?)
     }
 
     /// Puts one pod in force.
@@ -390,7 +402,7 @@ impl Keeper {
             table.serving.insert(kept.pod.uid.clone(), pod);
         });
         agent.metrics.proxies_started.inc();
-        agent.enforce()?;
+        agent.enforce().await?;
         tracing::info!(
             uid = kept.pod.uid,
             namespace = kept.pod.namespace,
@@ -450,7 +462,7 @@ impl Keeper {
             Release::Leave => left,
         };
         self.agent.metrics.proxies_stopped.inc();
-        self.agent.enforce()?;
+        self.agent.enforce().await?;
         released?;
         written?;
         Ok(true)

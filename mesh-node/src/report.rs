@@ -11,9 +11,11 @@ use mesh_core::{
 use mesh_net::{
     access::{AccessRecord, Outcome, Party, Path, Side},
     copy::CopyError,
+    socket,
     telemetry::{Metrics, TcpLabels, Text, WorkloadLabels},
     tunnel::DialError,
 };
+use tokio::net::TcpStream;
 
 use crate::{
     connections::{Cut, Live},
@@ -101,6 +103,15 @@ pub fn close(mut record: AccessRecord, outcome: Result<(), Failure>) {
             record.fail(failure.flag, failure.error);
         }
     }
+}
+
+/// Refuses a connection that was accepted and will not be served.
+pub fn turn_away(metrics: &Metrics, side: Side, stream: &TcpStream, peer: SocketAddr, failure: Failure) {
+    let mut record = AccessRecord::open(side, Some(peer));
+    record.details.dst.addr = stream.local_addr().ok().map(socket::canonical);
+    metrics.refuse(failure.flag);
+    let _ = socket::reset_on_close(stream);
+    close(record, Err(failure));
 }
 
 /// Shows in the list of live connections what the record knows by now.

@@ -11,7 +11,11 @@ mod capture;
 mod direct;
 #[path = "kernel/forgery.rs"]
 mod forgery;
+#[path = "kernel/kubelet.rs"]
+mod kubelet;
 #[path = "kernel/life.rs"]
 mod life;
+#[path = "kernel/quota.rs"]
+mod quota;
 
 const BOTH: [bool; 2] = [false, true];

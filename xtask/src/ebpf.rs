@@ -13,12 +13,13 @@ use crate::{
 /// How to build the programs for the kernel.
 #[derive(Args, Debug, Default)]
 pub struct Options {
-    /// Log lines through aya-log, for debugging the programs themselves.
+    /// Only the object without log lines, which is the only one that release builds of the agent hold.
     #[arg(long)]
-    pub log: bool,
+    pub plain: bool,
 }
 
-/// Builds the object `ebpf/bpfel-unknown-none/release/mesh-ebpf` below the target directory.
+/// Builds the object `ebpf/bpfel-unknown-none/release/mesh-ebpf` below the target directory, and the same with log lines
+/// below `ebpf-log`, for debug builds of the agent.
 ///
 /// # Errors
 /// When there is no compiler or linker for BPF, or the programs do not compile.
@@ -29,6 +30,11 @@ pub fn build(options: &Options) -> anyhow::Result<()> {
         "bpf-linker is not on PATH: run `cargo xtask setup`, and see that ~/.cargo/bin is on PATH"
     );
     println!("build-ebpf: with {route}");
+    object(route, "ebpf", &[])?;
+    if options.plain { Ok(()) } else { object(route, "ebpf-log", &["--features", "log"]) }
+}
+
+fn object(route: Route, directory: &str, features: &[&str]) -> anyhow::Result<()> {
     let mut cargo = compiler(route);
     // A target directory of its own: another compiler, and no waiting for the lock of the workspace's.
     cargo.args(["build", "--locked", "--release", "--package", "mesh-ebpf"]).args([
@@ -36,10 +42,7 @@ pub fn build(options: &Options) -> anyhow::Result<()> {
         "--target",
         "bpfel-unknown-none",
     ]);
-    cargo.arg("--target-dir").arg(shell::target_dir().join("ebpf"));
-    if options.log {
-        cargo.args(["--features", "log"]);
-    }
+    cargo.arg("--target-dir").arg(shell::target_dir().join(directory)).args(features);
     shell::run(&mut cargo).context("build the programs for the kernel")
 }
 

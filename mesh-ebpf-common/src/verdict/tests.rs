@@ -1,6 +1,10 @@
 //! Tables, and every combination of facts against a second, naive statement of the rules.
 
-use std::{cell::Cell, collections::HashMap, net::SocketAddr};
+use std::{
+    cell::Cell,
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+};
 
 use super::*;
 
@@ -10,6 +14,7 @@ struct Maps {
     endpoints: HashMap<EndpointKey, Endpoint>,
     local: HashMap<Ip, LocalPod>,
     verdicts: HashMap<VerdictKey, VerdictEntry>,
+    probes: HashSet<ProbeKey>,
     chance: Cell<u32>,
 }
 
@@ -26,6 +31,9 @@ impl World for Maps {
     fn verdict(&self, key: &VerdictKey) -> Option<&VerdictEntry> {
         self.verdicts.get(key)
     }
+    fn probed(&self, key: &ProbeKey) -> bool {
+        self.probes.contains(key)
+    }
     fn chance(&self) -> u32 {
         self.chance.get()
     }
@@ -35,7 +43,9 @@ fn target(text: &str) -> Target {
     text.parse::<SocketAddr>().unwrap().into()
 }
 
-const ME: Caller = Caller { enrolled: true, pod: 1, netns: 100, config: 0 };
+const ME: Caller = Caller { enrolled: true, kubelet: false, exhausted: false, pod: 1, netns: 100, config: 0 };
+/// The kubelet, in the node's own namespace.
+const KUBELET: Caller = Caller { enrolled: false, kubelet: true, pod: 0, netns: 1, ..ME };
 
 impl Maps {
     /// Pod 1 (the caller) and pod 2 are local, one address of each family.
@@ -216,6 +226,48 @@ fn endpoints_get_exactly_their_weight_wherever_they_are() {
         for (name, weight) in endpoints {
             assert_eq!(hits[&target(name)], weight, "{name} of {count}");
         }
+    }
+}
+
+#[test]
+fn only_the_kubelet_and_only_a_declared_port_of_a_local_pod_is_a_probe() {
+    let mut maps = Maps::new().verdict(0, VERDICT_DENY).service("10.96.0.1:8080", 0, &[("10.0.0.2:8080", 1)]);
+    for port in [8080, 15008] {
+        maps.probes.insert(ProbeKey { pod: 2, port: PortBe::from_host(port), pad: 0 });
+    }
+    let way = |caller: Caller, to, transport| {
+        let verdict = decide(&Call { to: target(to), transport, own: false }, &caller, &maps);
+        (verdict.way, verdict.reason, verdict.translated())
+    };
+    let alone = (Way::Alone, Reason::NotOurs, false);
+    let probe = (Way::Probe, Reason::Probe, false);
+    for to in ["10.0.0.2:8080", "[fd00::2]:8080", "[::ffff:10.0.0.2]:8080"] {
+        assert_eq!(way(KUBELET, to, Transport::Tcp), probe, "{to}");
+        assert_eq!(way(KUBELET, to, Transport::Other), alone, "{to}");
+        assert_eq!(way(KUBELET, to, Transport::OtherStream), alone, "{to}");
+        assert_eq!(way(Caller { kubelet: false, ..KUBELET }, to, Transport::Tcp), alone, "{to}");
+        // A pod is a pod, whoever runs in it.
+        assert_eq!(way(Caller { kubelet: true, ..ME }, to, Transport::Tcp).0, Way::Deny, "{to}");
+    }
+    // Another port, another pod, an address that is no pod's, a service, a port of the agent.
+    for to in ["10.0.0.2:80", "10.0.0.1:8080", "10.9.9.9:8080", "10.96.0.1:8080", "10.0.0.2:15008"] {
+        assert_eq!(way(KUBELET, to, Transport::Tcp), alone, "{to}");
+    }
+}
+
+#[test]
+fn a_pod_with_too_many_connections_gets_no_more() {
+    let maps = Maps::new().verdict(0, VERDICT_ALLOW);
+    let way = |to, own, transport| {
+        let caller = Caller { exhausted: true, ..ME };
+        let verdict = decide(&Call { to: target(to), transport, own }, &caller, &maps);
+        (verdict.way, verdict.reason)
+    };
+    for to in ["10.0.0.2:80", "10.3.3.3:80", "127.0.0.1:80", "10.0.0.1:80"] {
+        assert_eq!(way(to, false, Transport::Tcp), (Way::Deny, Reason::PodQuota), "{to}");
+        // What takes no record is not concerned.
+        assert_eq!(way(to, true, Transport::Tcp), (Way::Alone, Reason::Own), "{to}");
+        assert_eq!(way(to, false, Transport::Other), (Way::Alone, Reason::Uncaptured), "{to}");
     }
 }
 

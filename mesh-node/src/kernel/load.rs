@@ -15,23 +15,38 @@ use aya::{
         links::{CgroupAttachMode, FdLink},
     },
 };
-use mesh_ebpf_common::map::{EVENTS, MAP_NAMES};
+use mesh_ebpf_common::map::{EVENTS, LOGS, MAP_NAMES};
 
 use super::{maps::chain, pins::Pins, sys, types::KernelError};
 
 /// The object that `cargo xtask build-ebpf` made.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
+/// The same with log lines.
+#[cfg(kernel_log)]
+static WITH_LOG_LINES: Option<&[u8]> =
+    Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf-log.o")));
+#[cfg(not(kernel_log))]
+static WITH_LOG_LINES: Option<&[u8]> = None;
+
+/// The object to load; the second is true when its programs log.
+pub fn object(log: bool) -> (&'static [u8], bool) {
+    match WITH_LOG_LINES.filter(|_| log) {
+        Some(object) => (object, true),
+        None => (OBJECT, false),
+    }
+}
+
 /// Programs at the cgroup root, in the order of attachment: nothing may mark a socket before its records are written.
 pub const CGROUP_PROGRAMS: [&str; 5] =
     ["established", "getpeername4", "getpeername6", "connect4", "connect6"];
 
 /// Tells objects apart.
-pub fn object_hash() -> [u8; 32] {
+pub fn object_hash(object: &[u8]) -> [u8; 32] {
     let mut hash = [0; 32];
     for (i, part) in hash.chunks_exact_mut(8).enumerate() {
         let mut hasher = DefaultHasher::new();
-        (i, OBJECT).hash(&mut hasher);
+        (i, object).hash(&mut hasher);
         part.copy_from_slice(&hasher.finish().to_ne_bytes());
     }
     hash
@@ -43,26 +58,26 @@ fn fault(what: impl Into<String>) -> impl FnOnce(&dyn std::error::Error) -> Kern
 }
 
 /// Loads the object over the pinned maps; maps that are not there yet are made. `pod`: constants of one `inbound`.
-fn load(pins: &Pins, pod: (u64, u32)) -> Result<Ebpf, KernelError> {
+fn load(pins: &Pins, object: &[u8], pod: (u64, u32)) -> Result<Ebpf, KernelError> {
     let mut loader = EbpfLoader::new();
-    for name in MAP_NAMES.into_iter().chain([EVENTS]) {
+    for name in MAP_NAMES.into_iter().chain([EVENTS, LOGS]) {
         loader.map_pin_path(name, pins.maps().join(name));
     }
     loader
         .override_global("POD_NETNS", &pod.0, true)
         .override_global("POD_SLOT", &pod.1, true)
-        .load(OBJECT)
+        .load(object)
         .map_err(|error| fault("load the BPF object")(&error))
 }
 
 /// Makes the maps that are not pinned yet, and nothing else.
-pub fn make_maps(pins: &Pins) -> Result<(), KernelError> {
-    load(pins, (0, 0)).map(drop)
+pub fn make_maps(pins: &Pins, object: &[u8]) -> Result<(), KernelError> {
+    load(pins, object, (0, 0)).map(drop)
 }
 
 /// Attaches every program of the cgroup root, or replaces those that a former process left.
-pub fn attach_cgroup(pins: &Pins, cgroup: &Path) -> Result<(), KernelError> {
-    let mut object = load(pins, (0, 0))?;
+pub fn attach_cgroup(pins: &Pins, object: &[u8], cgroup: &Path) -> Result<(), KernelError> {
+    let mut object = load(pins, object, (0, 0))?;
     let root = File::open(cgroup).map_err(KernelError::io(format!("open {}", cgroup.display())))?;
     for name in CGROUP_PROGRAMS {
         if name == "established" {
@@ -102,11 +117,12 @@ pub fn inbound_link(netns: u64) -> String {
 /// Attaches `inbound` with the constants of one pod in its namespace, or replaces the one that is there.
 pub fn attach_inbound(
     pins: &Pins,
+    object: &[u8],
     netns: u64,
     slot: u32,
     namespace: Option<&File>,
 ) -> Result<(), KernelError> {
-    let mut object = load(pins, (netns, slot))?;
+    let mut object = load(pins, object, (netns, slot))?;
     let program: &mut SkLookup = typed(&mut object, "inbound")?;
     program.load().map_err(|error| fault("load inbound")(&error))?;
     let name = inbound_link(netns);

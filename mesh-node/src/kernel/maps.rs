@@ -12,8 +12,8 @@ use aya::{
 };
 use mesh_ebpf_common::{
     map::{
-        Config, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, PodEntry, Service, ServiceKey,
-        VerdictEntry, VerdictKey,
+        Config, Endpoint, EndpointKey, FlowKey, FlowRecord, LocalPod, PodEntry, ProbeKey, Probed, Service,
+        ServiceKey, Usage, VerdictEntry, VerdictKey,
     },
     reason::Reason,
     wire::Ip,
@@ -84,6 +84,8 @@ pub struct Maps {
     pub services: Table<ServiceKey, Service>,
     pub endpoints: Table<EndpointKey, Endpoint>,
     pub verdicts: Table<VerdictKey, VerdictEntry>,
+    pub probes: Table<ProbeKey, Probed>,
+    pub usage: Table<u32, Usage>,
     pub flows: Table<FlowKey, FlowRecord>,
     pub own_flows: Table<FlowKey, FlowRecord>,
     pub config: Mutex<Array<MapData, Config>>,
@@ -101,6 +103,8 @@ impl Maps {
             services: Table::open(directory, "SERVICES")?,
             endpoints: Table::open(directory, "ENDPOINTS")?,
             verdicts: Table::open(directory, "VERDICTS")?,
+            probes: Table::open(directory, "PROBES")?,
+            usage: Table::open(directory, "USAGE")?,
             flows: Table::open(directory, "FLOWS")?,
             own_flows: Table::open(directory, "OWN_FLOWS")?,
             config: Mutex::new(Array::try_from(open(directory, "CONFIG")?).map_err(fault("CONFIG"))?),

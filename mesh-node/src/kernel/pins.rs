@@ -32,6 +32,18 @@ impl Pins {
             fs::create_dir_all(&part).map_err(KernelError::io(format!("create {}", part.display())))?;
         }
         let lock = lock(&root, node)?;
+        // What an agent of another layout left would go on deciding beside this one's programs, by records that nobody
+        // writes any more.
+        let own = root.parent().unwrap_or(&root);
+        let top = own.parent().unwrap_or(own).to_owned();
+        for layout in present(&top)?.into_iter().filter(|layout| layout != LAYOUT) {
+            let other = top.join(&layout).join(node.replace('.', "~"));
+            if other.is_dir() {
+                let _held = self::lock(&other, node)?;
+                remove(&other)?;
+                let _ = fs::remove_dir(top.join(&layout));
+            }
+        }
         Ok(Self { root, _lock: lock })
     }
 
@@ -172,10 +184,10 @@ mod tests {
     #[test]
     fn a_node_name_cannot_lead_out_of_its_directory() {
         let at = |node| directory(Path::new("/b"), node).ok();
-        assert_eq!(at("n1.example"), Some(PathBuf::from("/b/undermesh/v1/n1~example")));
+        assert_eq!(at("n1.example"), Some(Path::new("/b/undermesh").join(LAYOUT).join("n1~example")));
         for bad in ["", "..", "a/b", "a b", "../x", "a~b", "ü"] {
             assert!(bad == ".." || at(bad).is_none(), "{bad}");
         }
-        assert_eq!(at(".."), Some(PathBuf::from("/b/undermesh/v1/~~")));
+        assert_eq!(at(".."), Some(Path::new("/b/undermesh").join(LAYOUT).join("~~")));
     }
 }

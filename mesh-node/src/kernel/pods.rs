@@ -10,7 +10,7 @@ use std::{
 use mesh_ebpf_common::{
     map::{
         FLOW_DIRECT, LocalPod, MAX_PODS, POD_CAPTURE, PodEntry, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT,
-        SLOTS_PER_POD,
+        SLOTS_PER_POD, Usage,
     },
     wire::Ip,
 };
@@ -92,6 +92,10 @@ impl Inner {
             self.maps.ours.lock().insert(&listener.as_raw_fd(), 1, 0).map_err(fault("OURS"))?;
             self.maps.listeners.lock().set(entry.slot + slot, listener, 0).map_err(fault("LISTENERS"))?;
         }
+        // An entry that is there is being counted in.
+        if self.maps.usage.get(&entry.id)?.is_none() {
+            self.maps.usage.set(&entry.id, &Usage(0))?;
+        }
         self.maps.pods.set(&netns, entry)?;
         self.give_addresses(&pod.ips, netns, entry.id)?;
         load_inbound(self, netns, entry.slot, pod)?;
@@ -163,6 +167,7 @@ impl Inner {
             }
         }
         self.forget_verdicts(pod.id)?;
+        self.forget_probes(pod.id)?;
         self.raise_generation()?;
         self.end_flows(pod.netns, how, served)?;
         self.pins.remove_link(&link)?;
@@ -171,6 +176,7 @@ impl Inner {
             let _ = self.maps.listeners.lock().clear_index(&(entry.slot + slot));
         }
         served.remove(&pod.netns);
+        self.maps.usage.remove(&pod.id)?;
         self.maps.pods.remove(&pod.netns)
     }
 
@@ -231,7 +237,7 @@ fn load_inbound(inner: &Inner, netns: u64, slot: u32, pod: &PodIdentity) -> Resu
     if inner.pins.link(&load::inbound_link(netns)).exists() {
         return Ok(());
     }
-    load::attach_inbound(&inner.pins, netns, slot, Some(&pod.netns))
+    load::attach_inbound(&inner.pins, inner.object, netns, slot, Some(&pod.netns))
 }
 
 fn slots<'a>(listeners: &PodListeners<'a>) -> impl Iterator<Item = (u32, &'a TcpListener)> {

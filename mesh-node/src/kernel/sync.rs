@@ -1,12 +1,16 @@
 //! The difference between what the maps hold and what they should hold, written so that at every moment they permit
 //! no more than both: takings first, then the generation, then the sweep of live flows, then givings.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use mesh_ebpf_common::{
     map::{
-        CONFIG_NO_DIRECT, Endpoint, EndpointKey, FLOW_DIRECT, MAX_ENDPOINTS_OF_ONE, SERVICE_AGENT, Service,
-        ServiceKey, VERDICT_AGENT, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry, VerdictKey,
+        CONFIG_NO_DIRECT, Endpoint, EndpointKey, FLOW_DIRECT, MAX_ENDPOINTS_OF_ONE, ProbeKey, Probed,
+        SERVICE_AGENT, Service, ServiceKey, VERDICT_AGENT, VERDICT_ALLOW, VERDICT_DENY, VerdictEntry,
+        VerdictKey,
     },
     wire::{PortBe, Target},
 };
@@ -26,6 +30,7 @@ pub struct Held {
     verdicts: Verdicts,
     /// `None`: a former process wrote it, so it is written again.
     services: BTreeMap<SocketAddr, Option<ServiceState>>,
+    probes: BTreeSet<(u32, u16)>,
 }
 
 impl Held {
@@ -40,7 +45,8 @@ impl Held {
             ((key.src, key.dst, key.port.host()), verdict)
         });
         let services = maps.services.entries()?.into_iter().map(|(key, _)| (key.0.to_socket(), None));
-        Ok(Self { verdicts: verdicts.collect(), services: services.collect() })
+        let probes = maps.probes.entries()?.into_iter().map(|(key, _)| (key.pod, key.port.host()));
+        Ok(Self { verdicts: verdicts.collect(), services: services.collect(), probes: probes.collect() })
     }
 }
 
@@ -62,7 +68,7 @@ impl Inner {
         // A port of its own overrides what any other port had.
         took |= permissions.iter().any(|(key, _)| held.verdicts.contains_key(key));
         // Denials first: a port's own denial may go only when the one of any other port is there.
-        let mut taken = Ok(());
+        let mut taken = self.take_probes(&mut held, want, &mut report);
         for (key, verdict) in denials {
             taken = taken.and_then(|()| self.write_verdict(&mut held, key, verdict, &mut report));
         }
@@ -84,6 +90,7 @@ impl Inner {
         for (key, verdict) in permissions {
             self.write_verdict(&mut held, key, verdict, &mut report)?;
         }
+        self.give_probes(&mut held, want, &mut report)?;
         self.sync_services(&mut held, want, &mut report)?;
         if !no_direct && before {
             self.maps.configure(|config| config.flags &= !CONFIG_NO_DIRECT)?;
@@ -218,6 +225,47 @@ impl Inner {
         Ok(())
     }
 
+    fn take_probes(
+        &self,
+        held: &mut Held,
+        want: &KernelState,
+        report: &mut SyncReport,
+    ) -> Result<(), KernelError> {
+        let gone: Vec<_> = held.probes.difference(&want.probes).copied().collect();
+        for key in gone {
+            self.maps.probes.remove(&probe_key(key))?;
+            held.probes.remove(&key);
+            report.removed += 1;
+        }
+        Ok(())
+    }
+
+    fn give_probes(
+        &self,
+        held: &mut Held,
+        want: &KernelState,
+        report: &mut SyncReport,
+    ) -> Result<(), KernelError> {
+        let new: Vec<_> = want.probes.difference(&held.probes).copied().collect();
+        for key in new {
+            self.maps.probes.set(&probe_key(key), &Probed(1))?;
+            held.probes.insert(key);
+            report.written += 1;
+        }
+        Ok(())
+    }
+
+    /// Probe ports of a pod that goes.
+    pub fn forget_probes(&self, pod: u32) -> Result<(), KernelError> {
+        let mut held = self.held.lock();
+        let gone: Vec<_> = held.probes.range((pod, 0)..=(pod, u16::MAX)).copied().collect();
+        for key in gone {
+            self.maps.probes.remove(&probe_key(key))?;
+            held.probes.remove(&key);
+        }
+        Ok(())
+    }
+
     /// Verdicts of a pod that goes.
     pub fn forget_verdicts(&self, pod: u32) -> Result<(), KernelError> {
         let mut held = self.held.lock();
@@ -240,6 +288,10 @@ impl Inner {
 fn fits(endpoints: &[(SocketAddr, u32)]) -> bool {
     let sum: u64 = endpoints.iter().map(|(_, weight)| u64::from(*weight)).sum();
     endpoints.len() <= MAX_ENDPOINTS_OF_ONE as usize && u32::try_from(sum).is_ok()
+}
+
+fn probe_key((pod, port): (u32, u16)) -> ProbeKey {
+    ProbeKey { pod, port: PortBe::from_host(port), pad: 0 }
 }
 
 fn verdict_key((src, dst, port): (u32, u32, u16)) -> VerdictKey {

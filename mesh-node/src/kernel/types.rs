@@ -1,11 +1,12 @@
 //! What goes in and out of [`super::Kernel`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io,
     net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
+    sync::Arc,
 };
 
 use mesh_core::flag::Flag;
@@ -24,6 +25,19 @@ pub struct KernelConfig {
     pub mount_bpffs: bool,
     /// Root of the cgroup v2 hierarchy, or a hybrid one's directory; found in `/proc/self/mountinfo` when absent.
     pub cgroup: Option<PathBuf>,
+    /// Live connections that one pod may have in the kernel's records; zero is no bound.
+    pub pod_flows: u32,
+    /// Programs with log lines, where this build has them: debug builds only.
+    pub log: bool,
+}
+
+/// Which processes are the kubelet's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Kubelet {
+    /// Cookie of the node's own network namespace.
+    pub node_netns: u64,
+    /// Number of the cgroup v2 of the kubelet's unit.
+    pub cgroup: u64,
 }
 
 /// A pod to enrol.
@@ -111,6 +125,8 @@ pub struct DirectFlow {
     pub established: bool,
     /// The policy generation that permitted it.
     pub generation: u64,
+    /// When its SYN was sent, nanoseconds of the monotonic clock.
+    pub opened_ns: u64,
     /// Cookie of the client's socket.
     pub socket: u64,
     /// Cookie of the accepted socket, once there is one.
@@ -124,6 +140,8 @@ pub struct KernelState {
     pub services: BTreeMap<SocketAddr, ServiceState>,
     /// (calling pod, called pod, port; 0 is any other port) → verdict; no entry: the agent decides.
     pub verdicts: BTreeMap<(u32, u32, u16), PairVerdict>,
+    /// (pod, port) that the kubelet may reach without the mesh.
+    pub probes: BTreeSet<(u32, u16)>,
     /// No direct path at all.
     pub no_direct: bool,
 }
@@ -134,7 +152,7 @@ pub enum ServiceState {
     /// The agent chooses.
     Agent,
     /// By weight among these; none is right too, then the agent answers.
-    Endpoints(Vec<(SocketAddr, u32)>),
+    Endpoints(Arc<[(SocketAddr, u32)]>),
 }
 
 /// What policy says about a pair of local pods and a port.
@@ -195,9 +213,9 @@ pub enum KernelEvent {
     DirectClosed {
         /// Which.
         flow: DirectFlow,
-        /// Bytes from client to server that were acknowledged.
+        /// Bytes of the application from client to server that were acknowledged.
         sent_bytes: u64,
-        /// Bytes from server to client.
+        /// Bytes of the application from server to client.
         received_bytes: u64,
         /// Smoothed round-trip time, microseconds.
         rtt_us: u32,
@@ -356,12 +374,13 @@ impl KernelError {
 }
 
 /// Names of the maps that can fill, with their capacity.
-pub(super) const FILLABLE: [(&str, u32); 7] = [
+pub(super) const FILLABLE: [(&str, u32); 8] = [
     ("PODS", map::MAX_PODS),
     ("LOCAL", map::MAX_ADDRESSES),
     ("SERVICES", map::MAX_SERVICES),
     ("ENDPOINTS", map::MAX_ENDPOINTS),
     ("VERDICTS", map::MAX_VERDICTS),
+    ("PROBES", map::MAX_PROBES),
     ("FLOWS", map::MAX_FLOWS),
     ("OWN_FLOWS", map::MAX_OWN_FLOWS),
 ];
@@ -375,6 +394,7 @@ pub fn flag_of(reason: Reason) -> Flag {
         Reason::IllegalSource | Reason::OpenedForged => Flag::IllegalSource,
         Reason::StaleGeneration | Reason::OpenedStale | Reason::LookupStale => Flag::StaleGeneration,
         Reason::MapFull => Flag::MapFull,
+        Reason::PodQuota => Flag::PodQuota,
         Reason::AgentAbsent => Flag::Drain,
         Reason::Undecided
         | Reason::DestinationChanged

@@ -9,7 +9,10 @@ use aya::programs::{
     links::{FdLink, PinnedLink},
     loaded_programs,
 };
-use mesh_ebpf_common::map::{FLOW_DIRECT, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowRecord};
+use mesh_ebpf_common::{
+    LAYOUT,
+    map::{FLOW_DIRECT, FLOW_PROBE, FLOW_REFUSED, FLOW_SELF, FLOW_TO_AGENT, FlowRecord},
+};
 use nix::libc;
 
 use crate::{
@@ -68,7 +71,7 @@ enum Outcome {
 
 /// Runs `inbound` of the pod over one packet.
 fn arrive(bed: &Bed, agent: &Agent, netns: u64, from: SocketAddr, to: SocketAddr, protocol: u32) -> Outcome {
-    let path = format!("/sys/fs/bpf/undermesh/v1/{}/links/inbound-{netns}", bed.node);
+    let path = format!("/sys/fs/bpf/undermesh/{LAYOUT}/{}/links/inbound-{netns}", bed.node);
     let link = FdLink::from(PinnedLink::from_pin(path).unwrap()).info().unwrap();
     let program =
         loaded_programs().flatten().find(|program| program.id() == link.program_id()).unwrap().fd().unwrap();
@@ -144,6 +147,9 @@ fn every_kind_of_arrival_goes_where_it_belongs() {
         with(record(FLOW_TO_AGENT), sa.netns, foreign, Outcome::Agent(Door::Outbound));
         with(record(FLOW_SELF), sa.netns, own(80), Outcome::Application);
         with(record(FLOW_DIRECT), sa.netns, own(80), Outcome::Application);
+        with(record(FLOW_PROBE), sa.netns, own(80), Outcome::Application);
+        let met = FlowRecord { server_socket: 1, ..record(FLOW_PROBE) };
+        with(met, sa.netns, own(80), Outcome::Dropped);
         with(record(FLOW_REFUSED), sa.netns, own(80), Outcome::Dropped);
         with(
             FlowRecord { generation: generation + 1, ..record(FLOW_DIRECT) },

@@ -22,7 +22,7 @@ use aya::{
     programs::links::{FdLink, PinnedLink},
 };
 use mesh_ebpf_common::{
-    CAPTURE_MARK, CAPTURE_TABLE,
+    CAPTURE_MARK, CAPTURE_TABLE, LAYOUT,
     map::{Config, FlowKey, FlowRecord, MAX_FLOWS},
     reason::Reason,
     wire::Target,
@@ -287,12 +287,26 @@ impl Bed {
     }
 
     pub fn config(&self) -> KernelConfig {
-        KernelConfig { node: self.node.clone(), bpffs: BPFFS.into(), mount_bpffs: true, cgroup: None }
+        KernelConfig {
+            node: self.node.clone(),
+            bpffs: BPFFS.into(),
+            mount_bpffs: true,
+            cgroup: None,
+            pod_flows: 0,
+            log: false,
+        }
     }
 
     /// Starts an agent of this bed's node.
     pub fn agent(&self) -> Agent {
         let (kernel, _) = Kernel::open(&self.config()).unwrap_or_else(|error| panic!("{error}"));
+        self.agent_of(kernel)
+    }
+
+    /// Starts an agent that lets a pod have only so many connections.
+    pub fn agent_with_quota(&self, pod_flows: u32) -> Agent {
+        let config = KernelConfig { pod_flows, ..self.config() };
+        let (kernel, _) = Kernel::open(&config).unwrap_or_else(|error| panic!("{error}"));
         self.agent_of(kernel)
     }
 
@@ -351,7 +365,7 @@ impl Bed {
 
     /// Name of each pinned link, and the number of the program behind it.
     pub fn linked_programs(&self) -> BTreeMap<String, u32> {
-        let links = Path::new(BPFFS).join("undermesh/v1").join(&self.node).join("links");
+        let links = Path::new(BPFFS).join("undermesh").join(LAYOUT).join(&self.node).join("links");
         let program = |entry: std::io::Result<fs::DirEntry>| {
             let entry = entry.unwrap();
             let link = FdLink::from(PinnedLink::from_pin(entry.path()).unwrap());
@@ -369,7 +383,7 @@ impl Bed {
 
     /// Makes the next start take the attached programs for those of another object.
     pub fn forget_object(&self) {
-        let path = Path::new(BPFFS).join("undermesh/v1").join(&self.node).join("maps/CONFIG");
+        let path = Path::new(BPFFS).join("undermesh").join(LAYOUT).join(&self.node).join("maps/CONFIG");
         let map = Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap();
         let mut map = Array::<_, Config>::try_from(map).unwrap();
         let config = map.get(&0, 0).unwrap();
@@ -395,7 +409,16 @@ impl Bed {
 
     /// Opens the listeners of a pod, enrols it and relays what arrives there.
     pub fn enrol(&self, agent: &mut Agent, pod: &Pod) -> PodSlot {
-        let open = |port, six| within(&pod.netns, move || listener(port, six, true));
+        self.enrol_on(agent, pod, false)
+    }
+
+    /// The same; the listeners let others listen beside them, which no agent of ours does.
+    pub fn enrol_shared(&self, agent: &mut Agent, pod: &Pod) -> PodSlot {
+        self.enrol_on(agent, pod, true)
+    }
+
+    fn enrol_on(&self, agent: &mut Agent, pod: &Pod, shared: bool) -> PodSlot {
+        let open = |port, six| within(&pod.netns, move || listener(port, six, shared));
         let doors: Vec<TcpListener> = [15001, 15006, 15008]
             .into_iter()
             .flat_map(|port| [open(port, false), open(port, true)])
@@ -498,7 +521,7 @@ fn serve(listener: TcpListener) -> Server {
 }
 
 /// A listener of the agent.
-pub fn listener(port: u16, six: bool, transparent: bool) -> TcpListener {
+pub fn listener(port: u16, six: bool, shared: bool) -> TcpListener {
     let socket =
         Socket::new(if six { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(Protocol::TCP))
             .unwrap();
@@ -506,9 +529,10 @@ pub fn listener(port: u16, six: bool, transparent: bool) -> TcpListener {
         socket.set_only_v6(true).unwrap();
     }
     socket.set_reuse_address(true).unwrap();
-    if transparent {
-        set_transparent(&socket);
+    if shared {
+        socket.set_reuse_port(true).unwrap();
     }
+    set_transparent(&socket);
     let any: IpAddr = if six { "::".parse().unwrap() } else { "0.0.0.0".parse().unwrap() };
     socket.bind(&SocketAddr::new(any, port).into()).unwrap();
     socket.listen(1024).unwrap();
@@ -607,7 +631,7 @@ fn sweep() {
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
         }
     }
-    for entry in fs::read_dir(format!("{BPFFS}/undermesh/v1")).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(format!("{BPFFS}/undermesh/{LAYOUT}")).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if dead(&name).is_some() {
             let _ = clean(Path::new(BPFFS), CleanWhat::Node(&name));

@@ -216,6 +216,28 @@ fn disconnect(stream: &TcpStream) {
     assert_eq!(result, 0, "connect(AF_UNSPEC)");
 }
 
+/// The second line: were a listener shared after all, the connection is still given to exactly the agent's.
+#[test]
+fn a_shared_listener_gives_no_share() {
+    let bed = Bed::new();
+    let (a, out) = (bed.pod("a"), bed.outside());
+    let mut agent = bed.agent();
+    bed.enrol_shared(&mut agent, &a);
+    let _server = bed.serve(&a, 8080);
+    let thieves: Vec<TcpListener> = within(&a.netns, || {
+        let listen = |_| crate::bed::listener(15006, false, true);
+        (0..7).map(listen).collect()
+    });
+    for thief in &thieves {
+        thief.set_nonblocking(true).unwrap();
+    }
+    for _ in 0..40 {
+        out.greeted(SocketAddr::new(a.v4, 8080)).unwrap();
+    }
+    assert_eq!(agent.seen(Door::Plaintext).len(), 40);
+    assert!(thieves.iter().all(|thief| thief.accept().is_err()));
+}
+
 #[test]
 fn no_pod_can_share_the_agent_s_listeners() {
     let bed = Bed::new();

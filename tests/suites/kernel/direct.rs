@@ -11,6 +11,7 @@ use mesh_ebpf_common::{
     reason::Reason,
 };
 use mesh_node::kernel::{KernelEvent, KernelState, PairVerdict, PodSlot, ServiceState};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     BOTH,
@@ -74,8 +75,8 @@ fn service(
     verdicts: &[(PodSlot, PodSlot, PairVerdict)],
 ) {
     let verdicts = verdicts.iter().map(|(src, dst, verdict)| ((src.id, dst.id, 0), *verdict)).collect();
-    let services = BTreeMap::from([(vip.parse().unwrap(), ServiceState::Endpoints(endpoints.to_vec()))]);
-    agent.kernel.sync(&KernelState { services, verdicts, no_direct: false }).unwrap();
+    let services = BTreeMap::from([(vip.parse().unwrap(), ServiceState::Endpoints(endpoints.into()))]);
+    agent.kernel.sync(&KernelState { services, verdicts, ..KernelState::default() }).unwrap();
 }
 
 #[test]
@@ -203,12 +204,11 @@ fn a_decision_of_an_older_policy_is_not_carried_out() {
 }
 
 /// Clients of this namespace use Fast Open without having asked the server for a cookie.
-fn cookieless_fast_open() {
+pub fn cookieless_fast_open() {
     std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap();
 }
 
-fn deferred(to: SocketAddr) -> TcpStream {
-    use socket2::{Domain, Protocol, Socket, Type};
+pub fn deferred(to: SocketAddr) -> TcpStream {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)).unwrap();
     let one = 1_i32;
     // SAFETY: four readable bytes.
@@ -225,6 +225,130 @@ fn deferred(to: SocketAddr) -> TcpStream {
     socket.connect(&to.into()).unwrap();
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
     socket.into()
+}
+
+/// Data in the SYN: the server's side is complete before the client's.
+#[test]
+fn fast_open_goes_directly_with_its_data() {
+    let bed = Bed::new();
+    let (a, b) = (bed.pod("a"), bed.pod("b"));
+    let mut agent = bed.agent();
+    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    // Every listener of this namespace takes data of SYNs, without cookie.
+    within(&b.netns, || std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "1538").unwrap());
+    let server = bed.serve(&b, 8080);
+    within(&a.netns, cookieless_fast_open);
+    agent.verdicts(&[(sa, sb, ALLOW)]);
+    for six in BOTH {
+        let to = SocketAddr::new(b.ip(six), 8080);
+        let mut stream = within(&a.netns, || deferred(to));
+        stream.write_all(b"early").unwrap();
+        let (mut stream, seen) = greeting(stream).unwrap();
+        assert_eq!(seen, stream.local_addr().unwrap(), "the very socket of the client");
+        let mut echo = [0; 5];
+        stream.read_exact(&mut echo).unwrap();
+        assert_eq!(&echo, b"early");
+        assert!(took_data_of_syn(&stream), "the SYN carried it");
+        let flow = agent.kernel.direct_flows().unwrap().pop().unwrap();
+        assert!(flow.src == seen && flow.established && flow.server_socket.is_some());
+        drop(stream);
+        until("the record to go", || agent.kernel.direct_flows().unwrap().is_empty());
+    }
+    assert_eq!((server.accepted().len(), agent.count(Reason::Direct)), (2, 2));
+    agent.verdicts(&[(sa, sb, DENY)]);
+    let sent = within(&a.netns, || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+        let flags = nix::sys::socket::MsgFlags::from_bits_retain(nix::libc::MSG_FASTOPEN);
+        let to = nix::sys::socket::SockaddrStorage::from(SocketAddr::new(b.v4, 8080));
+        nix::sys::socket::sendto(std::os::fd::AsRawFd::as_raw_fd(&socket), b"x", &to, flags)
+    });
+    assert_eq!(sent, Err(nix::errno::Errno::EPERM));
+    assert_eq!(server.accepted().len(), 2);
+}
+
+/// `TCPI_OPT_SYN_DATA` of `TCP_INFO`.
+fn took_data_of_syn(stream: &TcpStream) -> bool {
+    let (mut info, mut length) = ([0_u8; 8], 8);
+    // SAFETY: the kernel writes at most eight bytes.
+    let result = unsafe {
+        nix::libc::getsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(stream),
+            nix::libc::IPPROTO_TCP,
+            nix::libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0);
+    info[5] & 32 != 0
+}
+
+/// The kernel counts SYN and FIN as bytes; the application did not send them. Whoever closes first.
+#[test]
+fn byte_counts_are_the_application_s_whatever_the_end() {
+    let bed = Bed::new();
+    let (a, b) = (bed.pod("a"), bed.pod("b"));
+    let mut agent = bed.agent();
+    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    agent.verdicts(&[(sa, sb, ALLOW)]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut events = runtime.block_on(async { agent.kernel.events().unwrap() });
+    let mut port = 8080;
+    let mut check = |what: &str, expected: (u64, u64), end: &dyn Fn(TcpStream, TcpStream)| {
+        for six in BOTH {
+            let to = SocketAddr::new(b.ip(six), port);
+            port += 1;
+            let listener = within(&b.netns, || std::net::TcpListener::bind(to).unwrap());
+            let mut client = a.dial(to).unwrap();
+            let mut server = listener.accept().unwrap().0;
+            client.write_all(b"hello").unwrap();
+            server.read_exact(&mut [0; 5]).unwrap();
+            server.write_all(b"hi there").unwrap();
+            client.read_exact(&mut [0; 8]).unwrap();
+            end(client, server);
+            let counted = loop {
+                let event = runtime.block_on(async { tokio::time::timeout(DEADLINE, events.next()).await });
+                if let KernelEvent::DirectClosed { sent_bytes, received_bytes, .. } = event.unwrap().unwrap()
+                {
+                    break (sent_bytes, received_bytes);
+                }
+            };
+            assert_eq!(counted, expected, "{what}, {to}");
+        }
+    };
+    let ended = |stream: &mut TcpStream| assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    check("the client closes and the server follows", (5, 8), &|client, mut server| {
+        drop(client);
+        ended(&mut server);
+    });
+    check("the server closes and the client follows", (5, 8), &|mut client, server| {
+        drop(server);
+        ended(&mut client);
+    });
+    check("the client is done sending first", (5, 12), &|mut client, mut server| {
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        ended(&mut server);
+        server.write_all(b"more").unwrap();
+        client.read_exact(&mut [0; 4]).unwrap();
+        drop(server);
+        ended(&mut client);
+    });
+    check("the server is done sending first", (9, 8), &|mut client, mut server| {
+        server.shutdown(std::net::Shutdown::Write).unwrap();
+        ended(&mut client);
+        client.write_all(b"more").unwrap();
+        server.read_exact(&mut [0; 4]).unwrap();
+        drop(client);
+        ended(&mut server);
+    });
+    check("the client resets", (5, 8), &|client, _server| {
+        socket2::SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    });
+    check("the server resets", (5, 8), &|mut client, server| {
+        socket2::SockRef::from(&server).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(server);
+        assert!(client.read(&mut [0]).is_err());
+    });
 }
 
 #[test]

@@ -196,7 +196,7 @@ fn clean_removes_every_pin() {
     let a = bed.pod("a");
     let mut agent = bed.agent();
     bed.enrol(&mut agent, &a);
-    let pins = Path::new("/sys/fs/bpf/undermesh/v1").join(&bed.node);
+    let pins = Path::new("/sys/fs/bpf/undermesh").join(mesh_ebpf_common::LAYOUT).join(&bed.node);
     assert!(pins.join("links/connect4").exists() && pins.join("maps/FLOWS").exists());
     agent.die();
     let mut removed = Vec::new();

@@ -47,6 +47,9 @@ impl World for Maps {
     fn verdict(&self, key: &VerdictKey) -> Option<&VerdictEntry> {
         self.verdicts.get(key)
     }
+    fn probed(&self, _: &mesh_ebpf_common::map::ProbeKey) -> bool {
+        false
+    }
     fn chance(&self) -> u32 {
         self.chance
     }
@@ -73,7 +76,7 @@ impl Maps {
             let mut entry = MapService { id, count: 0, weight: 0, flags: SERVICE_AGENT };
             if let ServiceState::Endpoints(endpoints) = service {
                 entry.flags = 0;
-                for (to, weight) in endpoints {
+                for (to, weight) in endpoints.iter() {
                     entry.weight += weight;
                     let endpoint = Endpoint { to: Target::from(*to), cumulative: entry.weight };
                     maps.endpoints.insert(EndpointKey { service: id, index: entry.count }, endpoint);
@@ -84,6 +87,10 @@ impl Maps {
         }
         maps
     }
+}
+
+fn caller(pod: u32, config: u32) -> Caller {
+    Caller { enrolled: true, kubelet: false, exhausted: false, pod, netns: u64::from(pod), config }
 }
 
 fn workload(number: u8, account: &str, waypoint: bool, policies: &[PolicyKey]) -> Workload {
@@ -207,6 +214,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
         .map(|(number, account)| LocalWorkload {
             id: u32::from(number) + 1,
             workload: Arc::new(workload(number, account, case.waypoints.0 && number == 1, &bound)),
+            probe_ports: BTreeSet::new(),
         })
         .collect();
     let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
@@ -218,7 +226,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
     let maps = Maps::of(&state, &pods, case.chance);
     let config = if state.no_direct { CONFIG_NO_DIRECT } else { 0 };
     for source in &pods {
-        let caller = Caller { enrolled: true, pod: source.id, netns: u64::from(source.id), config };
+        let caller = caller(source.id, config);
         let vips = [IpAddr::from([10, 96, 0, 1]), "fd96::1".parse().unwrap()];
         let all = pods.iter().flat_map(|pod| pod.workload.addresses.clone()).chain(vips);
         for ip in all {
@@ -267,6 +275,72 @@ proptest! {
     }
 }
 
+/// Pods, policies and services come, change and go; what is kept from one world to the next never shows.
+#[derive(Clone, Debug)]
+enum Step {
+    Policy(Box<Policy>),
+    NoPolicy(usize),
+    Pod(u8, &'static str, bool),
+    Leaves(u8),
+    Service(bool),
+    Options(bool),
+}
+
+fn arbitrary_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..3_usize).prop_flat_map(arbitrary_policy).prop_map(|policy| Step::Policy(Box::new(policy))),
+        (0..3_usize).prop_map(Step::NoPolicy),
+        (0..4_u8, prop::sample::select(vec!["a", "b", "c"]), any::<bool>())
+            .prop_map(|(number, account, waypoint)| Step::Pod(number, account, waypoint)),
+        (0..4_u8).prop_map(Step::Leaves),
+        any::<bool>().prop_map(Step::Service),
+        prop::bool::weighted(0.2).prop_map(Step::Options),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #[test]
+    fn what_is_kept_between_worlds_never_shows(steps in prop::collection::vec(arbitrary_step(), 1..24)) {
+        let mut world = Snapshot::default();
+        let mut pods: Vec<LocalWorkload> = Vec::new();
+        let mut lowering = Lowering::default();
+        let bound: Vec<_> = (0..3).map(|number| PolicyKey::new("shop", &format!("policy{number}"))).collect();
+        for step in steps {
+            let change = match step {
+                Step::Policy(policy) => Change::Policy(Arc::new(*policy)),
+                Step::NoPolicy(number) => Change::Removed {
+                    type_url: mesh_core::proto::TYPE_AUTHORIZATION,
+                    name: format!("shop/policy{number}").into(),
+                },
+                Step::Pod(number, account, waypoint) => {
+                    let workload = Arc::new(workload(number, account, waypoint, &bound));
+                    let id = u32::from(number) + 1;
+                    pods.retain(|pod| pod.id != id);
+                    pods.push(LocalWorkload { id, workload: workload.clone(), probe_ports: [8080, 15008].into() });
+                    Change::Workload(workload)
+                }
+                Step::Leaves(number) => {
+                    pods.retain(|pod| pod.id != u32::from(number) + 1);
+                    Change::Removed {
+                        type_url: mesh_core::proto::TYPE_ADDRESS,
+                        name: format!("Kubernetes//Pod/shop/p{number}").into(),
+                    }
+                }
+                Step::Service(waypoint) => Change::Service(Arc::new(service(waypoint))),
+                Step::Options(encrypt_same_node) => {
+                    Change::Options(MeshOptions { encrypt_same_node, ..MeshOptions::default() })
+                }
+            };
+            world = world.with([change]);
+            let lowered = lowering.lower(&world, "n1", &pods);
+            let declared: BTreeSet<_> = pods.iter().map(|pod| (pod.id, 8080)).collect();
+            prop_assert_eq!(&lowered.probes, &declared);
+            prop_assert_eq!(lowered, lower(&world, "n1", &pods));
+        }
+    }
+}
+
 /// The property is not empty: an open world is direct, and every kind of hindrance takes that away.
 #[test]
 fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
@@ -275,6 +349,7 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
             .map(|number| LocalWorkload {
                 id: u32::from(number) + 1,
                 workload: Arc::new(workload(number, "a", waypoints.0 && number == 1, &[])),
+                probe_ports: BTreeSet::new(),
             })
             .collect();
         let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
@@ -285,7 +360,7 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
         let state = lower(&Snapshot::default().with(changes), "n1", &pods);
         let maps = Maps::of(&state, &pods, u32::MAX);
         let config = if state.no_direct { CONFIG_NO_DIRECT } else { 0 };
-        let caller = Caller { enrolled: true, pod: 1, netns: 1, config };
+        let caller = caller(1, config);
         let way = |to: &str| {
             let to = Target::from(to.parse::<SocketAddr>().unwrap());
             decide(&Call { to, transport: Transport::Tcp, own: false }, &caller, &maps).way
