@@ -1,5 +1,6 @@
 //! Worlds for the end-to-end suites: a mesh in local mode, its pods as namespaces, and small peers inside them.
 
+pub mod cluster;
 pub mod grpc;
 pub mod netns;
 pub mod peer;

@@ -14,8 +14,20 @@ const PAUSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// After [`DEADLINE`], with `what` and the last reason given.
-pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> anyhow::Result<T> {
-    let end = Instant::now() + DEADLINE;
+pub fn until<T>(what: &str, look: impl FnMut() -> Result<T, String>) -> anyhow::Result<T> {
+    until_within(DEADLINE, what, look)
+}
+
+/// Looks until `look` gives a value, where that may take longer than elsewhere.
+///
+/// # Errors
+/// After `deadline`, with `what` and the last reason given.
+pub fn until_within<T>(
+    deadline: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> anyhow::Result<T> {
+    let end = Instant::now() + deadline;
     loop {
         match look() {
             Ok(value) => return Ok(value),

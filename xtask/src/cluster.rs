@@ -142,6 +142,32 @@ pub fn up(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether a cluster of ours runs.
+pub fn is_up(name: &str) -> bool {
+    State::running(name).is_ok()
+}
+
+/// Ends a cluster.
+///
+/// # Errors
+/// When something of it stays.
+pub fn down(name: &str) -> anyhow::Result<()> {
+    up::down(name)
+}
+
+/// The file that describes a cluster of ours.
+pub fn state_file(name: &str) -> PathBuf {
+    state::folder(name).join("state.json")
+}
+
+/// The binary that is kubectl when its first argument says so.
+///
+/// # Errors
+/// When it does not build.
+pub fn kubernetes() -> anyhow::Result<PathBuf> {
+    Ok(programs::built()?.join("kubernetes"))
+}
+
 /// The credentials of a cluster to work on.
 pub struct Kubeconfig {
     /// The file.

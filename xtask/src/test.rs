@@ -11,10 +11,14 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use crate::{ebpf, kernels, shell};
+use crate::{cluster, ebpf, image, kernels, shell};
 
 /// The package that holds the suites.
 const SUITES: &str = "mesh-tests";
+/// The suite that needs a real Kubernetes.
+const CLUSTER: &str = "cluster";
+/// The cluster that it starts.
+const CLUSTER_NAME: &str = "test";
 /// The programs that a local mesh runs.
 const PROGRAMS: &[&str] = &["mesh-cli", "mesh-control", "mesh-node", "mesh-waypoint", "bookinfo"];
 /// Tests of the unit run side by side; more threads than this would starve the timed ones on a small machine.
@@ -23,12 +27,15 @@ const UNIT_THREADS: usize = 4;
 /// Which tests to run.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// `unit`; `net` (all suites in network namespaces); `kernels` (other kernels in emulation); `fuzz` (a short run of
-    /// each target); or one suite by its name. Default: all.
+    /// `unit`; `net` (all suites in network namespaces); `cluster` (a real Kubernetes); `kernels` (other kernels in
+    /// emulation); `fuzz` (a short run of each target); or one suite by its name. Default: all.
     suites: Vec<String>,
     /// Only tests whose name contains this.
     #[arg(long)]
     filter: Option<String>,
+    /// Leave the cluster of the suite `cluster` up, for a look or for a faster next run.
+    #[arg(long)]
+    keep: bool,
 }
 
 /// What ran.
@@ -53,6 +60,7 @@ enum Suite {
     World(String),
     Fuzz,
     Kernels,
+    Cluster,
 }
 
 /// Runs the suites.
@@ -68,7 +76,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     let started = Instant::now();
     ebpf::build(&ebpf::Options::default())?;
-    if wanted.iter().any(|suite| matches!(suite, Suite::World(_) | Suite::Kernels)) {
+    if wanted.iter().any(|suite| matches!(suite, Suite::World(_) | Suite::Kernels | Suite::Cluster)) {
         build_programs(&[])?;
         raise_limits();
     }
@@ -79,6 +87,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             Suite::World(name) => world(name, options.filter.as_deref())?,
             Suite::Fuzz => fuzz()?,
             Suite::Kernels => kernels::test()?,
+            Suite::Cluster => cluster(options)?,
         };
     }
     println!("test: {} suites in {} s", wanted.len(), started.elapsed().as_secs());
@@ -95,7 +104,7 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
     let net = || worlds.iter().cloned().map(Suite::World);
     let mut chosen = BTreeSet::new();
     if names.is_empty() {
-        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels]);
+        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels, Suite::Cluster]);
         chosen.extend(net());
     }
     for name in names {
@@ -104,16 +113,17 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
             "net" => chosen.extend(net()),
             "fuzz" => drop(chosen.insert(Suite::Fuzz)),
             "kernels" => drop(chosen.insert(Suite::Kernels)),
+            CLUSTER => drop(chosen.insert(Suite::Cluster)),
             world if worlds.iter().any(|known| known == world) => {
                 chosen.insert(Suite::World(world.to_owned()));
             }
-            other => bail!("no suite {other}: unit, net, fuzz, kernels, {}", worlds.join(", ")),
+            other => bail!("no suite {other}: unit, net, cluster, fuzz, kernels, {}", worlds.join(", ")),
         }
     }
     Ok(chosen)
 }
 
-/// The suites: test targets of the package.
+/// The suites in network namespaces: test targets of the package.
 fn world_suites() -> anyhow::Result<Vec<String>> {
     let metadata = cargo_metadata::MetadataCommand::new()
         .manifest_path(shell::root().join("Cargo.toml"))
@@ -122,7 +132,8 @@ fn world_suites() -> anyhow::Result<Vec<String>> {
         .context("cargo metadata")?;
     let package = metadata.packages.iter().find(|package| package.name == SUITES);
     let targets = package.map(|package| package.targets.as_slice()).unwrap_or_default();
-    Ok(targets.iter().filter(|target| target.is_test()).map(|target| target.name.clone()).collect())
+    let suites = targets.iter().filter(|target| target.is_test() && target.name != CLUSTER);
+    Ok(suites.map(|target| target.name.clone()).collect())
 }
 
 /// Builds the programs that a local mesh consists of.
@@ -168,6 +179,34 @@ fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
     println!("test: {name}");
     let mut cargo = shell::cargo(&["test", "--package", SUITES, "--test", name]);
     with_arguments(&mut cargo, 1, filter);
+    counted(&mut cargo)
+}
+
+/// The suite on a real Kubernetes: the one that `KUBECONFIG` names, which has our images then, or one of its own.
+fn cluster(options: &Options) -> anyhow::Result<Totals> {
+    println!("test: {CLUSTER}");
+    let began = Instant::now();
+    let was_up = cluster::is_up(CLUSTER_NAME);
+    let kubeconfig = cluster::ensure(CLUSTER_NAME)?;
+    let ran = prepared(&kubeconfig, options, began);
+    if kubeconfig.is_own && !was_up && !options.keep {
+        cluster::down(CLUSTER_NAME)?;
+    }
+    ran
+}
+
+fn prepared(kubeconfig: &cluster::Kubeconfig, options: &Options, began: Instant) -> anyhow::Result<Totals> {
+    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--test", CLUSTER]);
+    with_arguments(&mut cargo, 1, options.filter.as_deref());
+    cargo.env("KUBECONFIG", &kubeconfig.file);
+    cargo.env("UNDERMESH_TEST_KUBECTL", cluster::kubernetes()?);
+    if kubeconfig.is_own {
+        cluster::load(CLUSTER_NAME, &image::build(&[], "dev")?)?;
+        cargo.env("UNDERMESH_TEST_CLUSTER", CLUSTER_NAME);
+        cargo.env("UNDERMESH_TEST_CLUSTER_STATE", cluster::state_file(CLUSTER_NAME));
+        cargo.env("UNDERMESH_TEST_XTASK", std::env::current_exe().context("this program")?);
+    }
+    println!("test: the cluster is there and has its images after {} s", began.elapsed().as_secs());
     counted(&mut cargo)
 }
 
@@ -266,7 +305,8 @@ mod tests {
         assert_eq!(chosen(&["unit"]).expect("known"), [Suite::Unit]);
         assert_eq!(chosen(&["net"]).expect("known"), [world("faults"), world("world")]);
         assert_eq!(chosen(&["world", "unit"]).expect("known"), [Suite::Unit, world("world")]);
-        assert_eq!(chosen(&[]).expect("all").len(), 5);
+        assert_eq!(chosen(&["cluster"]).expect("known"), [Suite::Cluster]);
+        assert_eq!(chosen(&[]).expect("all").len(), 6);
         assert!(chosen(&["wrld"]).is_err());
     }
 }
