@@ -3,7 +3,9 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{BufRead as _, BufReader, BufWriter, Write as _},
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -126,12 +128,41 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             run.arg(format!("-version=v{}", env!("CARGO_PKG_VERSION")));
         }
     }
-    let ran = shell::run(&mut run);
+    let ran = told(&mut run, &folder.join("log.txt"));
     if options.run_test.is_none() && report.is_file() {
         println!("{}", fs::read_to_string(&report)?);
         println!("conformance: the report is {}", report.display());
     }
     ran.context("the suite")
+}
+
+/// Runs the suite: all that it says goes to a file, and how each test ended to the reader.
+fn told(run: &mut Command, log: &Path) -> anyhow::Result<()> {
+    println!("$ {}", shell::shown(run));
+    println!("conformance: the log is {}", log.display());
+    let mut file = BufWriter::new(fs::File::create(log)?);
+    let mut child = run.stdout(Stdio::piped()).spawn().context("start the suite")?;
+    let output = child.stdout.take().context("the suite's output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        file.write_all(&line)?;
+        file.write_all(b"\n")?;
+        let line = String::from_utf8_lossy(&line);
+        if worth_telling(&line) {
+            println!("{}", line.trim());
+        }
+    }
+    file.flush()?;
+    let status = child.wait()?;
+    ensure!(status.success(), "{status}; see {}", log.display());
+    Ok(())
+}
+
+/// (pure) How a whole test began or ended, but for those of other features.
+fn worth_telling(line: &str) -> bool {
+    let ended = line.starts_with("    --- ") && !line.starts_with("    --- SKIP");
+    let began = line.strip_prefix("=== RUN   TestConformance/").is_some_and(|name| !name.contains('/'));
+    ended || began && line.contains("Mesh")
 }
 
 /// (pure) The profiles asked for, checked, or all.
@@ -206,5 +237,19 @@ mod tests {
         assert_eq!(chosen(&["MESH-GRPC"]).expect("one"), "MESH-GRPC");
         assert_eq!(chosen(&["MESH-HTTP,MESH-GRPC"]).expect("a list"), "MESH-HTTP MESH-GRPC");
         assert!(chosen(&["GATEWAY-HTTP"]).is_err());
+    }
+
+    #[test]
+    fn whole_tests_are_told_of() {
+        for (line, told) in [
+            ("=== RUN   TestConformance/MeshBasic", true),
+            ("=== RUN   TestConformance/MeshBasic/one", false),
+            ("=== RUN   TestConformance/GatewayClass", false),
+            ("    --- PASS: TestConformance/MeshBasic (1.04s)", true),
+            ("        --- PASS: TestConformance/MeshBasic/one (1.04s)", false),
+            ("    --- SKIP: TestConformance/GatewayClass (0.00s)", false),
+        ] {
+            assert_eq!(worth_telling(line), told, "{line}");
+        }
     }
 }
