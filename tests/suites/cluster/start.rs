@@ -26,10 +26,20 @@ enum Round {
     AgentKilled,
     KubeletKilled,
     RuntimeKilled,
+    /// The node has the taint of one that has no agent yet, and its agent only begins.
+    NodeIsNew,
 }
 
-const ROUNDS: [Round; 5] =
-    [Round::Calm, Round::AgentRestarts, Round::AgentKilled, Round::KubeletKilled, Round::RuntimeKilled];
+const ROUNDS: [Round; 6] = [
+    Round::Calm,
+    Round::AgentRestarts,
+    Round::AgentKilled,
+    Round::KubeletKilled,
+    Round::RuntimeKilled,
+    Round::NodeIsNew,
+];
+/// Taken away by the control plane when the node's agent is in force.
+const TAINT: &str = "undermesh.io/agent-not-ready=:NoExecute";
 
 /// Every round.
 pub fn no_leak(cluster: &Cluster) -> anyhow::Result<()> {
@@ -52,6 +62,9 @@ pub fn no_leak(cluster: &Cluster) -> anyhow::Result<()> {
 fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> anyhow::Result<()> {
     let taps = [cluster.tap(near)?, cluster.tap(far)?];
     // Half of the pods are on their way when it happens, the others come in the middle of it.
+    if matches!(round, Round::NodeIsNew) {
+        cluster.run(&["taint", "node", near, TAINT])?;
+    }
     cluster.apply(&senders_yaml("before", near, server))?;
     happens(cluster, round, near)?;
     cluster.apply(&senders_yaml("after", near, server))?;
@@ -69,7 +82,7 @@ fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> 
 fn happens(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
     match round {
         Round::Calm => Ok(()),
-        Round::AgentRestarts => {
+        Round::AgentRestarts | Round::NodeIsNew => {
             let agent = cluster.agent(node)?;
             let fixed = ["-n", mesh_tests::cluster::MESH_NAMESPACE, "delete", "pod", "--wait=false"];
             cluster.run(&[&fixed[..], &[&agent.name]].concat()).map(drop)
@@ -84,7 +97,7 @@ fn recovers(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
     match round {
         Round::KubeletKilled => cluster.start(node, "kubelet"),
         Round::RuntimeKilled => cluster.start(node, "containerd"),
-        Round::Calm | Round::AgentRestarts | Round::AgentKilled => Ok(()),
+        Round::Calm | Round::AgentRestarts | Round::AgentKilled | Round::NodeIsNew => Ok(()),
     }
 }
 
@@ -155,7 +168,7 @@ apiVersion: v1
 kind: Pod
 metadata: {{name: {part}-{number}, namespace: {NAMESPACE}, labels: {{app: sender}}}}
 spec:
-  nodeName: {node}
+  nodeSelector: {{kubernetes.io/hostname: {node}}}
   terminationGracePeriodSeconds: 0
   containers:{containers}
 "
