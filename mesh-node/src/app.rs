@@ -6,7 +6,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use mesh_core::limits;
 use mesh_net::{
-    admin as endpoint,
+    admin::{self as endpoint, Public},
     clock::{Chance, Clock},
     drain::{self, Draining},
     grpc::{self, ChannelConfig},
@@ -133,7 +133,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
 
     let asked_to_drain = watch::Sender::new(false);
     let admin = endpoint::bind(&config.admin_socket)?;
-    let handler = Arc::new(Admin {
+    let handler: Arc<dyn endpoint::Handler> = Arc::new(Admin {
         agent: agent.clone(),
         probe,
         feed: feed.status,
@@ -141,6 +141,11 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         log,
         drain: asked_to_drain.clone(),
     });
+    let public = [(config.ready_listen, Public::Ready), (config.metrics_listen, Public::Metrics)];
+    for (at, what) in public.into_iter().filter_map(|(at, what)| Some((at?, what))) {
+        let (listener, handler) = (endpoint::bind_tcp(at)?, handler.clone());
+        tasks.spawn(endpoint::serve_tcp(listener, what, draining.clone(), tasks.clone(), handler));
+    }
     tasks.spawn(endpoint::serve(admin, draining.clone(), tasks.clone(), handler));
 
     tracing::info!(node = config.node, "the agent runs");

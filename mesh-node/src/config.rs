@@ -2,7 +2,7 @@
 
 pub mod enrolment;
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, io, net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
@@ -69,6 +69,12 @@ pub struct Settings {
     /// Unix socket of the admin endpoint; root only.
     #[arg(long, env = "UNDERMESH_ADMIN_SOCKET", default_value = ADMIN_SOCKET, value_name = "SOCKET")]
     pub admin_socket: PathBuf,
+    /// TCP port of readiness, for the kubelet; none when it is not given.
+    #[arg(long, env = "UNDERMESH_READY_LISTEN", value_name = "IP:PORT")]
+    pub ready_listen: Option<SocketAddr>,
+    /// TCP port of metrics, for Prometheus; none when it is not given.
+    #[arg(long, env = "UNDERMESH_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Where the BPF file system is mounted.
     #[arg(long, env = "UNDERMESH_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
     pub bpffs: PathBuf,
@@ -184,6 +190,10 @@ pub struct Config {
     pub proc: PathBuf,
     /// Where operators ask.
     pub admin_socket: PathBuf,
+    /// Where the kubelet asks.
+    pub ready_listen: Option<SocketAddr>,
+    /// Where Prometheus asks.
+    pub metrics_listen: Option<SocketAddr>,
     /// The BPF file system.
     pub bpffs: PathBuf,
     /// Given cgroup directory.
@@ -248,6 +258,8 @@ impl Config {
             enrol,
             proc: settings.enrol.host_proc.clone(),
             admin_socket: settings.admin_socket.clone(),
+            ready_listen: settings.ready_listen,
+            metrics_listen: settings.metrics_listen,
             bpffs: settings.bpffs.clone(),
             cgroup: settings.cgroup.clone(),
             pod_connections: settings.pod_connections,
@@ -320,6 +332,8 @@ mod tests {
                 host_proc: "/proc".into(),
             },
             admin_socket: at("run/admin.sock"),
+            ready_listen: None,
+            metrics_listen: None,
             bpffs: at("bpf"),
             cgroup: None,
             pod_connections: 1000,

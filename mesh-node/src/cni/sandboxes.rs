@@ -49,11 +49,12 @@ impl Sandboxes {
         self.known.values().filter(mine).find(|sandbox| exists(sandbox))
     }
 
-    /// Notes one.
+    /// Notes one. A pod has one sandbox: what was noted of a former one is forgotten.
     ///
     /// # Errors
     /// It could not be written; it is known until the next restart.
     pub fn insert(&mut self, container: String, sandbox: Sandbox) -> Result<(), StoreError> {
+        self.known.retain(|_, other| other.uid.is_none() || other.uid != sandbox.uid);
         self.known.insert(container, sandbox);
         self.save()
     }
@@ -133,6 +134,9 @@ mod tests {
         let again = Sandboxes::load(directory.path()).unwrap();
         assert_eq!(again.of("u1", "x", "y"), Some(&sandbox(Some("u1"), &here)));
         assert_eq!((again.of("u2", "shop", "web"), again.get("c0")), (None, None), "after a reboot");
+        sandboxes.insert("a-later-one".to_owned(), sandbox(Some("u1"), &here)).unwrap();
+        assert!(sandboxes.get("c1").is_none() && sandboxes.get("a-later-one").is_some());
+        sandboxes.insert("c1".to_owned(), sandbox(Some("u1"), &here)).unwrap();
         // Told without a UID, it is found by name.
         sandboxes.insert("c2".to_owned(), sandbox(None, &here)).unwrap();
         assert!(sandboxes.of("u3", "shop", "web").is_some() && sandboxes.of("u3", "shop", "other").is_none());

@@ -101,8 +101,12 @@ impl Following {
     /// cannot be.
     pub async fn world(&self, world: Arc<Snapshot>, changed: Vec<Arc<str>>) -> Vec<Rejected> {
         let (reply, answer) = oneshot::channel();
-        let sent = self.commands.send(Command::World(world, changed, reply)).await;
-        if sent.is_ok() { answer.await.unwrap_or_default() } else { Vec::new() }
+        let told = self.ask(Command::World(world, changed.clone(), reply), answer).await;
+        // Nobody enrols any more: nothing of it is in force.
+        told.unwrap_or_else(|| {
+            let reason = coded("the agent is shutting down", Flag::Drain);
+            changed.iter().map(|uid| Rejected { name: uid.to_string(), reason: reason.clone() }).collect()
+        })
     }
 
     /// A sandbox was made: may it start?

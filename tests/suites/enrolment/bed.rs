@@ -14,12 +14,18 @@ use std::{
 
 use mesh_node::kernel::{CleanWhat, clean};
 use mesh_tests::{netns, wait, world::program};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 static BEDS: AtomicU32 = AtomicU32::new(0);
 const BPFFS: &str = "/sys/fs/bpf";
 const CONTROL: &str = "10.45.0.1:15012";
+/// Of an agent on Kubernetes.
+const PRIVILEGES: &str = "-all,+bpf,+perfmon,+net_admin,+sys_admin";
 /// A dial that takes longer has failed.
 const DIAL: Duration = Duration::from_secs(5);
 
@@ -180,6 +186,13 @@ impl Bed {
         self.write(&format!("{}.yaml", sandbox.name), &text);
     }
 
+    /// Destinations that the mesh does not know are refused.
+    pub fn registry_only(&self) {
+        let text = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: undermesh, namespace: undermesh-system}\n\
+                    data: {outboundTrafficPolicy: REGISTRY_ONLY}\n";
+        self.write("options.yaml", text);
+    }
+
     fn write(&self, name: &str, text: &str) {
         let next = self.at("next");
         fs::write(&next, text).unwrap();
@@ -188,9 +201,10 @@ impl Bed {
 
     fn start(&mut self, name: &'static str, arguments: &[String]) {
         let log = File::options().create(true).append(true).open(self.at(&format!("{name}.log"))).unwrap();
-        // Ends with the test, whatever ends that.
+        // Ends with the test, whatever ends that; with the privileges that docs/privileges.md lists, and no others.
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "nsenter", &format!("--net={}", self.host().display()), "--"])
+            .args(["--pdeathsig", "KILL", "--no-new-privs", "--bounding-set", PRIVILEGES, "--", "nsenter"])
+            .args([&format!("--net={}", self.host().display()), "--"])
             .arg(program(name).unwrap())
             .args(arguments)
             .stdin(Stdio::null())
@@ -246,6 +260,32 @@ impl Bed {
         let (_, mut child) = self.processes.remove(place);
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// Kills a process in a moment, while the test goes on.
+    pub fn kill_soon(&self, name: &str, after: Duration) {
+        let (_, child) = self.processes.iter().find(|(known, _)| *known == name).unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        thread::spawn(move || {
+            thread::sleep(after);
+            // Nobody has waited for it, so the number is still its own.
+            let _ = kill(pid, Signal::SIGKILL);
+        });
+    }
+
+    /// Starts the agent that was killed again.
+    pub fn restarted(&mut self, name: &'static str) {
+        let place = self.processes.iter().position(|(known, _)| *known == name).unwrap();
+        let (_, mut child) = self.processes.remove(place);
+        child.wait().unwrap();
+        self.agent();
+    }
+
+    /// Notes who connects to the node itself.
+    pub fn listen(&self, port: u16) -> Arrivals {
+        let listener = netns::within(&self.host(), || Ok(TcpListener::bind(("0.0.0.0", port))?)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Arrivals(listener)
     }
 
     /// Asks the agent, over its admin socket; nothing while it does not answer.
@@ -352,6 +392,16 @@ impl Bed {
     pub fn logs(&self) -> String {
         let read = |name: &str| fs::read_to_string(self.at(&format!("{name}.log"))).unwrap_or_default();
         format!("--- mesh-control\n{}\n--- mesh-node\n{}", read("mesh-control"), read("mesh-node"))
+    }
+}
+
+/// Connections that arrived and nobody accepted: they wait in the queue.
+pub struct Arrivals(TcpListener);
+
+impl Arrivals {
+    /// From where.
+    pub fn arrived(&self) -> Vec<SocketAddr> {
+        std::iter::from_fn(|| self.0.accept().ok()).map(|(_, from)| from).collect()
     }
 }
 

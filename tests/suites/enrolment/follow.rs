@@ -9,6 +9,9 @@ use crate::bed::{Bed, call, echoes, until};
 /// A pod may start within this time in the dark; less than the plugin's own patience.
 const HELD: Duration = Duration::from_millis(500);
 
+/// Pods that are started one after the other.
+const PODS: u8 = 12;
+
 fn primary(bed: &Bed) {
     let text = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
     fs::write(bed.at("conf").join("10-net.conflist"), text).unwrap();
@@ -198,4 +201,48 @@ fn the_plugin_comes_and_goes_with_the_mesh() {
     assert!(!bed.at("state").exists(), "{:?}", fs::read_dir(bed.at("state")).map(Iterator::count));
     let left = fs::read_dir(bed.bpffs()).unwrap().count();
     assert_eq!(left, 0, "pins are left");
+}
+
+#[test]
+fn the_first_packet_of_a_pod_never_gets_out_whatever_the_agent_does() {
+    let mut bed = Bed::new();
+    // Nothing of the mesh may go to where the mesh knows nobody: whatever arrives there was not captured.
+    bed.registry_only();
+    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
+    let outside = bed.listen(8081);
+    bed.control();
+    bed.agent();
+    let mut started = 0;
+    for number in 0..PODS {
+        let sandbox = bed.sandbox(&format!("p{number}"), number + 2);
+        bed.pod(&sandbox, false);
+        match number % 3 {
+            // The agent is there, is just starting, or dies while it is asked.
+            1 => {
+                bed.kill("mesh-node");
+                bed.agent();
+            }
+            2 => {
+                bed.kill_soon("mesh-node", Duration::from_millis(u64::from(number) * 7));
+            }
+            _ => {}
+        }
+        let called = bed.add(&sandbox);
+        if called.ok {
+            started += 1;
+            // As the pod's first process would.
+            if let Ok(mut stream) = sandbox.dial(to) {
+                let _ = echoes(&mut stream);
+            }
+        } else {
+            let (code, text) = called.error();
+            assert!(code == 11 && text.ends_with("[AGENT_UNAVAILABLE]"), "{text}");
+        }
+        if number % 3 == 2 {
+            bed.restarted("mesh-node");
+        }
+    }
+    assert!(started >= PODS / 2, "only {started} of {PODS} pods started");
+    let arrived = outside.arrived();
+    assert!(arrived.is_empty(), "in the clear, from {arrived:?}");
 }

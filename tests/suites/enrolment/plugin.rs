@@ -116,13 +116,18 @@ fn what_the_agent_says_counts() {
                 "ips": ["10.0.0.9"], "exempt": false })
     );
     let refusal =
-        "HTTP/1.1 500 No\r\ncontent-length: 38\r\n\r\n{\"error\":\"no room\",\"reason\":\"MAP_FULL\"}";
+        "HTTP/1.1 500 No\r\ncontent-length: 39\r\n\r\n{\"error\":\"no room\",\"reason\":\"MAP_FULL\"}";
     let (called, _) = check("b", refusal, "kube-system");
     let (code, text) = called.error();
     assert_eq!(
         (code, text.as_str()),
         (100, "undermesh: pod kube-system/web does not start: the mesh's agent: no room [MAP_FULL]")
     );
+    // Whoever shuts down is not who decides.
+    let leaving =
+        "HTTP/1.1 503 No\r\ncontent-length: 37\r\n\r\n{\"error\":\"shutdown\",\"reason\":\"DRAIN\"}";
+    let (called, _) = check("d", leaving, "shop");
+    assert!(called.error().1.ends_with("[AGENT_UNAVAILABLE]"), "{called:?}");
     // An answer that breaks off is none: asked again, and in the end nobody is there.
     let (called, _) = check("c", "HTTP/1.1 200 OK\r\ncontent-length: 17\r\n\r\n{\"enro", "shop");
     assert_eq!(called.error().0, 11);

@@ -8,6 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_core::flag::Flag;
+use mesh_node::cni::wire::Refused;
+
 /// Between two attempts to reach an agent that is not there.
 const AGAIN: Duration = Duration::from_millis(100);
 /// An agent that is restarted is back by then.
@@ -63,6 +66,8 @@ pub fn ask(socket: &Path, method: &str, path: &str, body: &[u8], patience: Patie
     let end = begin + patience.total;
     loop {
         let why = match exchange(socket, method, path, body, end) {
+            // Its successor will answer.
+            Ok((503, body)) if is_leaving(&body) => io::Error::other("it is shutting down"),
             Ok((status, body)) => return Asked::Answer { status, body },
             Err(error) if is_late(&error) => {
                 let seconds = patience.total.as_secs();
@@ -75,6 +80,10 @@ pub fn ask(socket: &Path, method: &str, path: &str, body: &[u8], patience: Patie
         }
         thread::sleep(AGAIN);
     }
+}
+
+fn is_leaving(body: &[u8]) -> bool {
+    serde_json::from_slice::<Refused>(body).is_ok_and(|refused| refused.reason == Flag::Drain.code())
 }
 
 fn is_late(error: &io::Error) -> bool {
