@@ -10,7 +10,7 @@ use crate::bed::{Bed, call, echoes, until};
 const HELD: Duration = Duration::from_millis(500);
 
 /// Pods that are started one after the other.
-const PODS: u8 = 12;
+const PODS: u8 = 9;
 
 fn primary(bed: &Bed) {
     let text = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::bed::{call, call_with, nowhere};
+use crate::bed::{call, call_with, nowhere, until};
 
 fn conf(socket: &Path) -> Value {
     json!({
@@ -23,8 +23,11 @@ fn conf(socket: &Path) -> Value {
 /// Answers every connection with `answer`, once a request has come; gives back the first request.
 fn played(socket: &Path, answer: &'static str) -> thread::JoinHandle<String> {
     let listener = UnixListener::bind(socket).unwrap();
+    listener.set_nonblocking(true).unwrap();
     thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
+        let asked = || listener.accept().map_err(|error| error.to_string());
+        let (mut stream, _) = until("the plugin to ask", asked);
+        stream.set_nonblocking(false).unwrap();
         let mut request = String::new();
         let mut buffer = [0; 4096];
         while !request.ends_with('}') {
