@@ -17,7 +17,7 @@ use kube::{
     Api, Client,
     api::{ObjectMeta, Patch, PatchParams, PostParams},
 };
-use mesh_net::drain::Draining;
+use mesh_net::{clock::Chance, drain::Draining};
 use serde_json::{Value as Json, json};
 use tokio::sync::watch;
 
@@ -32,6 +32,10 @@ pub const LEASE: &str = "undermesh-control";
 const LIFETIME: Duration = Duration::from_secs(15);
 /// How often the Lease is looked at, and renewed by the leader.
 const RENEW: Duration = Duration::from_secs(2);
+/// After a conflict it is tried again sooner.
+const CONFLICT: Duration = Duration::from_millis(300);
+/// Waits are spread by this share.
+const JITTER: f64 = 0.3;
 /// A leader that cannot renew steps down after this time, before another can follow it.
 const STEP_DOWN: Duration = Duration::from_secs(10);
 /// The API server's time for an answer.
@@ -114,13 +118,16 @@ impl Election {
     pub async fn run(self, say: impl Fn(&Told) -> Say, draining: Draining) {
         let mut heard = Heard::default();
         let mut renewed = None;
+        let chance = Chance::random();
         loop {
+            let mut wait = RENEW;
             match tokio::time::timeout(ANSWER, self.turn(&mut heard, &say)).await {
                 Ok(Ok(leads)) => {
                     renewed = leads.then(Instant::now);
                     self.set(leads);
                 }
-                Ok(Err(kube::Error::Api(status))) if status.code == 409 => {}
+                // Another replica wrote in between; in step with it, the same one would lose for ever.
+                Ok(Err(kube::Error::Api(status))) if status.code == 409 => wait = CONFLICT,
                 Ok(Err(error)) => tracing::warn!(error = reason(&error), "the Lease cannot be held"),
                 Err(_) => tracing::warn!("the Lease cannot be held: no answer in time"),
             }
@@ -130,7 +137,7 @@ impl Election {
             }
             tokio::select! {
                 () = draining.started() => break,
-                () = tokio::time::sleep(RENEW) => {}
+                () = tokio::time::sleep(chance.jitter(wait, JITTER)) => {}
             }
         }
         if *self.leads.borrow() {
@@ -189,17 +196,16 @@ fn told(lease: &Lease, me: &str) -> Told {
     replicas.filter(|(name, _)| *name != me).map(|(name, text)| (name.to_owned(), text.clone())).collect()
 }
 
-/// (pure) What this replica writes; `None` when there is nothing new to say. It names the version that it read: of
-/// two replicas that write at once one is refused.
+/// (pure) What this replica writes; `None` when there is nothing new to say. Whoever takes or renews names the version
+/// that it read: of two replicas that do so at once one is refused. A follower writes only what is its own.
 fn patch(lease: &Lease, me: &str, step: &Step, say: &Say, now: Timestamp) -> Option<Json> {
     let key = format!("{REPLICA}{me}");
     let said = lease.metadata.annotations.as_ref().and_then(|all| all.get(&key)).map(String::as_str);
-    let mut patch = json!({
-        "metadata": {"resourceVersion": lease.metadata.resource_version, "annotations": {key: say.text}},
-    });
+    let mut patch = json!({"metadata": {"annotations": {key: say.text}}});
     if *step == Step::Follow {
         return (said != Some(say.text.as_str())).then_some(patch);
     }
+    patch["metadata"]["resourceVersion"] = json!(lease.metadata.resource_version);
     for gone in &say.gone {
         patch["metadata"]["annotations"][format!("{REPLICA}{gone}")] = Json::Null;
     }
@@ -260,10 +266,7 @@ mod tests {
         let x = Say { text: "x".to_owned(), gone: vec!["dead".to_owned()] };
         let follow = patch(&of, "me", &Step::Follow, &x, now).unwrap();
         assert_eq!(follow.get("spec"), None);
-        assert_eq!(
-            follow["metadata"],
-            json!({"resourceVersion": "7", "annotations": {"replica.undermesh.io/me": "x"}})
-        );
+        assert_eq!(follow["metadata"], json!({"annotations": {"replica.undermesh.io/me": "x"}}));
         let lead = patch(&of, "me", &Step::Hold, &x, now).unwrap();
         assert_eq!(
             (&lead["spec"]["holderIdentity"], &lead["spec"]["leaseTransitions"]),

@@ -6,7 +6,7 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::Context;
 use clap::Parser;
 use mesh_control::{
-    app::App,
+    app::{App, AppError},
     config::{Ask, Settings},
 };
 use mesh_net::{admin, drain, task::TaskGroup, telemetry::init_tracing};
@@ -48,9 +48,14 @@ async fn run(settings: &Settings) -> anyhow::Result<()> {
     let tasks = TaskGroup::new();
     let mut terminated = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT")?;
-    let app = App::start(settings, &drain, &tasks).await?;
-    tracing::info!(addr = %app.addr, "serving");
+    // The start itself may wait for an API server, as long as that takes.
+    let running = async {
+        let app = App::start(settings, &drain, &tasks).await?;
+        tracing::info!(addr = %app.addr, "serving");
+        std::future::pending::<Result<(), AppError>>().await
+    };
     tokio::select! {
+        failed = running => failed?,
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
     }

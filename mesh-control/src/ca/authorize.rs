@@ -19,7 +19,7 @@ pub enum Refused {
     /// Another trust domain.
     #[error("{0} is not of this trust domain")]
     TrustDomain(Identity),
-    /// No live pod on this node has the identity.
+    /// No pod on this node that has not ended has the identity.
     #[error("no pod on node {node} that has not ended has {identity}")]
     NotOnNode {
         /// The caller's node.
@@ -72,9 +72,10 @@ pub fn authorize(
     }
 }
 
-/// Pending counts: a pod's first connection comes before it is Running. Terminating does not: it has its certificate.
+/// Pending counts: a pod's first connection comes before it is Running. So does terminating: it serves to its end, also
+/// when its agent starts anew meanwhile.
 fn live(pod: &PodFact) -> bool {
-    !pod.finished && !pod.deleting
+    !pod.finished
 }
 
 #[cfg(test)]
@@ -124,7 +125,8 @@ mod tests {
             (node(""), Some("spiffe://cluster.local/ns/shop/sa/web"), false),
             // Ended, terminating, never there.
             (node("n1"), Some("spiffe://cluster.local/ns/shop/sa/job"), false),
-            (node("n1"), Some("spiffe://cluster.local/ns/shop/sa/leaving"), false),
+            (node("n1"), Some("spiffe://cluster.local/ns/shop/sa/leaving"), true),
+            (node("n2"), Some("spiffe://cluster.local/ns/shop/sa/leaving"), false),
             (node("n1"), Some("spiffe://cluster.local/ns/shop/sa/gone"), false),
             (node("n1"), Some("spiffe://cluster.local/ns/bank/sa/web"), false),
             (node("n1"), Some("spiffe://cluster.local/ns/undermesh-system/sa/mesh-node"), false),
@@ -148,7 +150,7 @@ mod tests {
             (pod("gw"), Some("spiffe://cluster.local/ns/shop/sa/web"), false),
             (pod("gw"), Some("spiffe://other/ns/shop/sa/gw"), false),
             (pod("job"), None, false),
-            (pod("leaving"), None, false),
+            (pod("leaving"), None, true),
             (pod("gone"), None, false),
         ] {
             let got = authorize(&world(), "cluster.local", &caller, requested);

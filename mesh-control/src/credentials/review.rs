@@ -49,12 +49,15 @@ pub struct Reviewed {
     node: Option<String>,
 }
 
+/// What was said of a token, and until when it is believed.
+type Answer = (Option<Reviewed>, Instant);
+
 /// Asks the API server about tokens.
 pub struct Reviews {
     client: Client,
     install_namespace: Arc<str>,
     published: watch::Receiver<Arc<Published>>,
-    known: Mutex<HashMap<[u8; 32], (Option<Reviewed>, Instant)>>,
+    known: Mutex<HashMap<[u8; 32], Answer>>,
     asking: Semaphore,
 }
 
