@@ -30,11 +30,30 @@ pub fn candidates(
     node: &str,
     dialled: IpAddr,
 ) -> Vec<Candidate> {
+    let only_here = service.load_balancing == LoadBalancing::SameNode;
+    among(world, service, port, only_here.then_some(node), dialled)
+}
+
+/// The same for a client that dials an address from outside (node port, load balancer, external IP): the rule for clients
+/// inside, to stay on their node, does not hold for it.
+pub fn candidates_anywhere(
+    world: &Snapshot,
+    service: &Service,
+    port: u16,
+    dialled: IpAddr,
+) -> Vec<Candidate> {
+    among(world, service, port, None, dialled)
+}
+
+fn among(
+    world: &Snapshot,
+    service: &Service,
+    port: u16,
+    only_on: Option<&str>,
+    dialled: IpAddr,
+) -> Vec<Candidate> {
     let Some(entry) = service.ports.iter().find(|entry| entry.port == port) else { return Vec::new() };
-    let eligible = |workload: &&Arc<Workload>| {
-        (workload.health == Health::Healthy || service.allow_unhealthy)
-            && (service.load_balancing != LoadBalancing::SameNode || *workload.node == *node)
-    };
+    let near = |workload: &&Arc<Workload>| only_on.is_none_or(|node| *workload.node == *node);
     let candidate = |workload: &Arc<Workload>| {
         let own = workload.services.get(&service.key)?.get(&port).copied().unwrap_or(0);
         let target = if own == 0 { entry.target } else { own };
@@ -45,7 +64,13 @@ pub fn candidates(
             weight: workload.capacity,
         })
     };
-    let mut list: Vec<_> = world.endpoints(&service.key).filter(eligible).filter_map(candidate).collect();
+    let all = || world.endpoints(&service.key).filter(near);
+    let healthy = |workload: &&Arc<Workload>| workload.health == Health::Healthy || service.allow_unhealthy;
+    let mut list: Vec<_> = all().filter(healthy).filter_map(candidate).collect();
+    if list.is_empty() {
+        // As Kubernetes does: better an endpoint that is about to go than none.
+        list = all().filter(|workload| workload.leaving).filter_map(candidate).collect();
+    }
     list.sort_by(|a, b| a.workload.uid.cmp(&b.workload.uid));
     list
 }
@@ -67,6 +92,21 @@ pub fn weighted(weights: impl Iterator<Item = u32> + Clone, pick: u64) -> Option
         }
     }
     None
+}
+
+/// The endpoint that this client keeps: the same for as long as it may be chosen, and another only for the clients of one
+/// that may not. Weights do not count.
+pub fn kept<'a>(candidates: &'a [Candidate], client: &[u8]) -> Option<&'a Candidate> {
+    let rank = |candidate: &&Candidate| {
+        let bytes = client.iter().copied().chain([0]).chain(candidate.target.to_string().into_bytes());
+        // FNV-1a, then mixed, since neighbours differ in their last bytes only.
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        hash ^ (hash >> 33)
+    };
+    candidates.iter().max_by_key(rank)
 }
 
 #[cfg(test)]

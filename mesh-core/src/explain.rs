@@ -13,7 +13,12 @@ pub fn plan(plan: &Plan) -> String {
         None => String::new(),
     };
     match plan {
-        Plan::Passthrough { to } => format!("passed through to {to}: not known to the mesh"),
+        Plan::Passthrough { to, service: None } => {
+            format!("passed through to {to}: not known to the mesh")
+        }
+        Plan::Passthrough { to, service: Some(service) } => {
+            format!("passed through to {to}: {} has no endpoint in the mesh", service.key)
+        }
         Plan::Plain { to, workload, service } => {
             format!(
                 "plain TCP to {}/{} at {to}{}: not in the mesh",

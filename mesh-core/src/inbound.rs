@@ -89,6 +89,19 @@ pub fn admit(world: &Snapshot, local: &Workload, arrival: &Arrival) -> Result<Ad
     })
 }
 
+/// Whether PeerAuthentication refuses a connection that has proven no identity, whatever else would.
+pub fn strict(world: &Snapshot, local: &Workload, arrival: &Arrival) -> bool {
+    let subject = Subject {
+        identities: &[],
+        source_ip: arrival.source_ip,
+        destination_ip: arrival.destination_ip,
+        destination_port: arrival.port,
+    };
+    let applicable = world.applicable(local);
+    let modes = applicable.valid.iter().filter(|policy| is_peer_authentication(&policy.key));
+    matches!(authz::evaluate(modes, &subject), Verdict::Denied(_) | Verdict::NotAllowed(_))
+}
+
 /// The policies that apply, if everything that decides is here and can be evaluated.
 fn complete(world: &Snapshot, local: &Workload) -> Result<Applicable, Refusal> {
     let applicable = world.applicable(local);

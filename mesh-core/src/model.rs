@@ -14,5 +14,5 @@ pub use route::{
     Backend, BackendTarget, Filters, HeaderEdit, HeaderMatch, Listener, PathEdit, PathMatch, Redirect,
     RequestMatch, Rewrite, Route, RouteKind, RouteRule, ValueMatch, WaypointConfig,
 };
-pub use service::{LoadBalancing, Service, ServicePort, Visibility};
+pub use service::{Front, LoadBalancing, Service, ServicePort, Visibility};
 pub use workload::{Health, Locality, NetworkMode, PortMap, TunnelProtocol, WaypointRef, Workload};

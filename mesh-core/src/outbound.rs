@@ -10,7 +10,7 @@ use crate::{
     id::Identity,
     model::{Health, LoadBalancing, OutboundMode, Service, TunnelProtocol, WaypointRef, Workload},
     refusal::Refusal,
-    snapshot::Snapshot,
+    snapshot::{Reached, Snapshot},
     tunnel::{HBONE_PORT, ILLEGAL_PORTS},
 };
 
@@ -37,10 +37,12 @@ pub struct Hop {
 /// What to do with one connection. Each variant holds exactly what its dial needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum Plan {
-    /// To an address that the mesh does not know, as it is.
+    /// To an address where the mesh does not choose, as it is.
     Passthrough {
         /// As dialled.
         to: SocketAddr,
+        /// The service there, which has no endpoint in the mesh: whose endpoint it is, the node's own proxy decides.
+        service: Option<Arc<Service>>,
     },
     /// To a workload outside the mesh, in plain TCP.
     Plain {
@@ -86,8 +88,8 @@ pub fn plan(world: &Snapshot, from: &Workload, request: &Request) -> Result<Plan
     if (to.ip().is_loopback() || to.ip().is_unspecified()) && ILLEGAL_PORTS.contains(&to.port()) {
         return Err(Refusal::new(Flag::IllegalPort, format!("{to} is a port of the mesh itself")));
     }
-    if let Some(service) = world.service_by_vip(&from.namespace, to.ip()) {
-        return plan_service(world, from, request, to, service);
+    if let Some(reached) = world.service_at(&from.namespace, to) {
+        return plan_service(world, from, request, to, &reached);
     }
     match world.workload_by_ip(to.ip()) {
         Some(workload) => plan_workload(world, from, request, to, workload),
@@ -95,7 +97,7 @@ pub fn plan(world: &Snapshot, from: &Workload, request: &Request) -> Result<Plan
             Flag::UnknownDestination,
             format!("{to} is not known to the mesh, and outbound mode is REGISTRY_ONLY"),
         )),
-        None => Ok(Plan::Passthrough { to }),
+        None => Ok(Plan::Passthrough { to, service: None }),
     }
 }
 
@@ -103,21 +105,34 @@ fn plan_service(
     world: &Snapshot,
     from: &Workload,
     request: &Request,
-    to: SocketAddr,
-    service: &Arc<Service>,
+    dialled: SocketAddr,
+    reached: &Reached<'_>,
 ) -> Result<Plan, Refusal> {
+    let Reached { service, at: to, from_outside } = *reached;
     if let Some(waypoint) = service.waypoint.as_ref().filter(|waypoint| !is_waypoint(world, from, waypoint)) {
         return plan_waypoint(world, from, request, to, waypoint, Some(service));
     }
     if service.load_balancing == LoadBalancing::Passthrough {
-        return Ok(Plan::Passthrough { to });
+        return Ok(Plan::Passthrough { to: dialled, service: None });
     }
-    let candidates = balance::candidates(world, service, to.port(), &from.node, to.ip());
-    let kept =
+    if outside_the_mesh(world, service) {
+        return Ok(Plan::Passthrough { to: dialled, service: Some(service.clone()) });
+    }
+    let candidates = if from_outside {
+        balance::candidates_anywhere(world, service, to.port(), dialled.ip())
+    } else {
+        balance::candidates(world, service, to.port(), &from.node, dialled.ip())
+    };
+    let by_kernel =
         request.chosen.and_then(|chosen| candidates.iter().find(|candidate| candidate.target == chosen));
     let weights = candidates.iter().map(|candidate| candidate.weight);
     let drawn = || candidates.get(balance::weighted(weights, request.pick)?);
-    let Some(candidate) = kept.or_else(drawn) else {
+    let found = if service.sticky {
+        balance::kept(&candidates, from.uid.0.as_bytes())
+    } else {
+        by_kernel.or_else(drawn)
+    };
+    let Some(candidate) = found else {
         let known = service.ports.iter().any(|port| port.port == to.port());
         let why = if known {
             format!("{} has no endpoint that can take a connection to port {}", service.key, to.port())
@@ -127,6 +142,15 @@ fn plan_service(
         return Err(Refusal::new(Flag::NoHealthyUpstream, why));
     };
     reach(&candidate.workload, candidate.target, Some(service))
+}
+
+/// A service whose endpoints are all outside of the mesh is the node's own proxy's: it knows every rule about choosing
+/// among them. One without any endpoint is refused with a reason instead.
+pub fn outside_the_mesh(world: &Snapshot, service: &Service) -> bool {
+    let mut endpoints = world.endpoints(&service.key).peekable();
+    service.waypoint.is_none()
+        && endpoints.peek().is_some()
+        && endpoints.all(|workload| workload.tunnel == TunnelProtocol::None)
 }
 
 fn plan_workload(

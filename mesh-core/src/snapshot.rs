@@ -2,7 +2,12 @@
 //!
 //! Persistent maps: a change costs the entries that it touches, and readers of the old snapshot keep it.
 
-use std::{collections::HashSet, hash::Hash, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashSet,
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use rpds::HashTrieMapSync;
 
@@ -37,6 +42,7 @@ pub struct Snapshot {
     by_service: HashTrieMapSync<ServiceKey, Workloads>,
     services: HashTrieMapSync<ServiceKey, Arc<Service>>,
     by_vip: HashTrieMapSync<IpAddr, Arc<[Arc<Service>]>>,
+    by_front: HashTrieMapSync<SocketAddr, Arc<[Arc<Service>]>>,
     policies: HashTrieMapSync<PolicyKey, PolicyState>,
     /// Policies that apply without being named, and all invalid ones: few.
     unnamed: Arc<[PolicyKey]>,
@@ -79,6 +85,9 @@ impl Snapshot {
                 self.remove_service(&service.key);
                 for vip in &service.vips {
                     update(&mut self.by_vip, vip.to_canonical(), |list| add(list, &service));
+                }
+                for front in &service.fronts {
+                    update(&mut self.by_front, front.at, |list| add(list, &service));
                 }
                 self.services.insert_mut(service.key.clone(), service);
             }
@@ -148,6 +157,9 @@ impl Snapshot {
         for vip in &old.vips {
             update(&mut self.by_vip, vip.to_canonical(), |list| take(list, &old));
         }
+        for front in &old.fronts {
+            update(&mut self.by_front, front.at, |list| take(list, &old));
+        }
         self.services.remove_mut(key)
     }
 
@@ -211,10 +223,21 @@ impl Snapshot {
     /// The service at a virtual address, as a client of this namespace sees it: its own namespace's first, then a
     /// canonical one, then by key (O9).
     pub fn service_by_vip(&self, client_namespace: &str, vip: IpAddr) -> Option<&Arc<Service>> {
-        let own = |service: &Service| *service.key.namespace == *client_namespace;
-        let visible = |service: &&Arc<Service>| service.visibility == Visibility::Public || own(service);
-        let rank = |service: &Service| (!own(service), !service.canonical, service.key.clone());
-        self.by_vip.get(&vip.to_canonical())?.iter().filter(visible).min_by_key(|service| rank(service))
+        preferred(client_namespace, self.by_vip.get(&vip.to_canonical())?)
+    }
+
+    /// The service that a client of this namespace reaches at an address: a VIP, or else a node port, a load balancer's
+    /// address or an external IP.
+    pub fn service_at(&self, client_namespace: &str, to: SocketAddr) -> Option<Reached<'_>> {
+        let to = SocketAddr::new(to.ip().to_canonical(), to.port());
+        if let Some(service) = self.service_by_vip(client_namespace, to.ip()) {
+            return Some(Reached { service, at: to, from_outside: false });
+        }
+        let service = preferred(client_namespace, self.by_front.get(&to)?)?;
+        let port = service.fronts.iter().find(|front| front.at == to)?.port;
+        let same_family = service.vips.iter().find(|vip| vip.is_ipv4() == to.is_ipv4());
+        let vip = same_family.or(service.vips.first()).copied().unwrap_or(to.ip());
+        Some(Reached { service, at: SocketAddr::new(vip, port), from_outside: true })
     }
 
     /// Workloads that name this service.
@@ -303,6 +326,25 @@ impl Snapshot {
     pub fn options(&self) -> &MeshOptions {
         &self.options
     }
+}
+
+/// A service, as it was reached.
+#[derive(Clone, Copy, Debug)]
+pub struct Reached<'a> {
+    /// The service.
+    pub service: &'a Arc<Service>,
+    /// The VIP and port of the service that stand for what was dialled.
+    pub at: SocketAddr,
+    /// By an address that is meant for clients outside of the cluster.
+    pub from_outside: bool,
+}
+
+/// Among several with one address: the client's own namespace's first, then a canonical one, then by key (O9).
+fn preferred<'a>(client_namespace: &str, services: &'a [Arc<Service>]) -> Option<&'a Arc<Service>> {
+    let own = |service: &Service| *service.key.namespace == *client_namespace;
+    let visible = |service: &&Arc<Service>| service.visibility == Visibility::Public || own(service);
+    let rank = |service: &Service| (!own(service), !service.canonical, service.key.clone());
+    services.iter().filter(visible).min_by_key(|service| rank(service))
 }
 
 fn add<T>(list: &mut Vec<Arc<T>>, item: &Arc<T>) {

@@ -2,18 +2,23 @@
 
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the failure")]
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use mesh_core::{
+    Refusal,
     authz::{self, Subject, Verdict},
     delta::{self, Change},
     flag::Flag,
     id::{Identity, PolicyKey, ServiceKey, WorkloadKey},
     inbound::{self, Arrival, Direct, STRICT_POLICY, admit, direct, ports_of_interest},
     model::{
-        Action, Clause, Health, LoadBalancing, Locality, Match, MeshOptions, NetworkMode, OutboundMode,
-        Policy, Rule, Scope, Service, ServicePort, StringMatch, TunnelProtocol, Visibility, WaypointRef,
-        Workload,
+        Action, Clause, Front, Health, LoadBalancing, Locality, Match, MeshOptions, NetworkMode,
+        OutboundMode, Policy, Rule, Scope, Service, ServicePort, StringMatch, TunnelProtocol, Visibility,
+        WaypointRef, Workload,
     },
     outbound::{Plan, Request, plan},
     proto,
@@ -45,6 +50,7 @@ fn workload(namespace: &str, name: &str, ip: &str, node: &str) -> Workload {
         native_tunnel: false,
         policies: vec![],
         health: Health::Healthy,
+        leaving: false,
         cluster: "Kubernetes".into(),
         services: BTreeMap::new(),
         locality: Locality::default(),
@@ -58,10 +64,12 @@ fn service(namespace: &str, name: &str, vip: &str) -> Service {
         key: ServiceKey::new(namespace, &format!("{name}.{namespace}.svc.cluster.local")),
         name: name.into(),
         vips: vec![vip.parse().unwrap()],
+        fronts: Vec::new(),
         ports: vec![ServicePort { port: 80, target: 8080 }],
         subject_alt_names: vec![],
         waypoint: None,
         load_balancing: LoadBalancing::All,
+        sticky: false,
         allow_unhealthy: false,
         canonical: true,
         visibility: Visibility::Public,
@@ -390,6 +398,128 @@ fn connections_go_where_the_world_says() {
     assert_eq!(plan(&only_known, &client, &request).map_err(|e| e.flag), Err(Flag::UnknownDestination));
 }
 
+fn authority(plan: Result<Plan, Refusal>) -> String {
+    match plan {
+        Ok(Plan::Tunnel { authority, .. }) => authority.to_string(),
+        Ok(Plan::Waypoint { authority, .. }) => format!("waypoint for {authority}"),
+        Ok(Plan::Passthrough { to, service }) => format!("{to} of {:?}", service.map(|s| s.key.to_string())),
+        Ok(Plan::Plain { to, .. }) => format!("plain {to}"),
+        Err(refusal) => refusal.flag.code().to_owned(),
+    }
+}
+
+fn to(at: &str, pick: u64) -> Request {
+    Request { to: at.parse().unwrap(), chosen: None, pick }
+}
+
+/// Node ports, load balancers and external IPs are addresses of the service, like its VIP; those of one that stays on
+/// the node lead everywhere, since that rule is for clients inside.
+#[test]
+fn a_service_is_reached_at_every_address_of_it() {
+    let front = |at: &str| Front { at: at.parse().unwrap(), port: 80 };
+    let web = Service {
+        fronts: vec![front("192.0.2.1:30080"), front("198.51.100.7:80"), front("[2001:db8::1]:30080")],
+        load_balancing: LoadBalancing::SameNode,
+        ..service("shop", "web", "10.96.0.1")
+    };
+    let gate_service = Service {
+        ports: vec![ServicePort { port: 15008, target: 15008 }],
+        ..service("shop", "gate", "10.96.0.9")
+    };
+    let mut gate = workload("shop", "gate", "10.0.0.9", "n2");
+    gate.services.insert(gate_service.key.clone(), BTreeMap::from([(15008, 15008)]));
+    let near = endpoint_of(workload("shop", "web-1", "10.0.0.2", "n1"), &web);
+    let far = endpoint_of(workload("shop", "web-2", "10.0.0.3", "n2"), &web);
+    let client = workload("shop", "client", "10.0.0.1", "n1");
+    let world = world([s(web.clone()), s(gate_service.clone()), w(near), w(far), w(gate), w(client.clone())]);
+    let go = |world: &Snapshot, at, pick| authority(plan(world, &client, &to(at, pick)));
+    for pick in [0, 1] {
+        assert_eq!(go(&world, "10.96.0.1:80", pick), "10.0.0.2:8080", "inside: the client's node only");
+    }
+    assert_eq!(go(&world, "[2001:db8::1]:30080", 1), "[fd00::3]:8080", "the family that was dialled");
+    for at in ["192.0.2.1:30080", "198.51.100.7:80", "[::ffff:192.0.2.1]:30080"] {
+        assert_eq!([go(&world, at, 0), go(&world, at, 1)], ["10.0.0.2:8080", "10.0.0.3:8080"], "{at}");
+    }
+    for at in ["192.0.2.1:80", "198.51.100.7:30080", "192.0.2.2:30080"] {
+        assert_eq!(
+            go(&world, at, 0),
+            format!("{at} of None"),
+            "another port or host is nothing of the service"
+        );
+    }
+    // A waypoint is told the service's own address.
+    let bound = Service {
+        waypoint: Some(WaypointRef::Service { service: gate_service.key.clone(), port: 15008 }),
+        ..web.clone()
+    };
+    let behind = world.with([s(bound)]);
+    assert_eq!(go(&behind, "192.0.2.1:30080", 0), "waypoint for 10.96.0.1:80");
+    // Gone with the service.
+    let gone = behind.with([delta::removed(proto::TYPE_ADDRESS, &web.key.to_string()).unwrap()]);
+    assert_eq!(go(&gone, "192.0.2.1:30080", 0), "192.0.2.1:30080 of None");
+}
+
+#[test]
+fn a_client_keeps_its_endpoint_where_the_service_says_so() {
+    let web = Service { sticky: true, ..service("shop", "web", "10.96.0.1") };
+    let pods: Vec<_> = (2..10)
+        .map(|n| endpoint_of(workload("shop", &format!("web-{n}"), &format!("10.0.0.{n}"), "n1"), &web))
+        .collect();
+    let whole = world([s(web)].into_iter().chain(pods.iter().cloned().map(w)));
+    let of = |world: &Snapshot, client: &str| {
+        let client = workload("shop", client, "10.0.0.1", "n1");
+        let all: BTreeSet<_> =
+            (0..20).map(|pick| authority(plan(world, &client, &to("10.96.0.1:80", pick)))).collect();
+        assert_eq!(all.len(), 1, "{all:?}");
+        all.into_iter().next().unwrap()
+    };
+    let clients: Vec<String> = (0..40).map(|n| format!("client-{n}")).collect();
+    let before: BTreeMap<_, _> = clients.iter().map(|client| (client, of(&whole, client))).collect();
+    assert!(before.values().collect::<BTreeSet<_>>().len() > 4, "clients are spread: {before:?}");
+    let gone = pods[3].addresses[0];
+    let less = whole.with([delta::removed(proto::TYPE_ADDRESS, &pods[3].uid.0).unwrap()]);
+    for (client, kept) in before {
+        let now = of(&less, client);
+        assert!(now == kept || kept == format!("{gone}:8080"), "{client}: {kept} became {now}");
+    }
+}
+
+/// Endpoints that are about to go are taken when there is no other; services without any endpoint in the mesh are not
+/// ours to choose for.
+#[test]
+fn endpoints_are_taken_as_kubernetes_means_it() {
+    let web = service("shop", "web", "10.96.0.1");
+    let leaving = |name: &str, ip: &str| Workload {
+        health: Health::Unhealthy,
+        leaving: true,
+        ..endpoint_of(workload("shop", name, ip, "n1"), &web)
+    };
+    let sick = Workload {
+        health: Health::Unhealthy,
+        ..endpoint_of(workload("shop", "web-3", "10.0.0.4", "n1"), &web)
+    };
+    let client = workload("shop", "client", "10.0.0.1", "n1");
+    let go = |world: &Snapshot, pick| authority(plan(world, &client, &to("10.96.0.1:80", pick)));
+    let base = world([s(web.clone()), w(sick.clone())]);
+    assert_eq!(go(&base, 0), "NO_HEALTHY_UPSTREAM");
+    let going = base.with([w(leaving("web-1", "10.0.0.2"))]);
+    assert_eq!([go(&going, 0), go(&going, 1)], ["10.0.0.2:8080", "10.0.0.2:8080"]);
+    let fresh = going.with([w(endpoint_of(workload("shop", "web-2", "10.0.0.3", "n1"), &web))]);
+    assert_eq!([go(&fresh, 0), go(&fresh, 1)], ["10.0.0.3:8080", "10.0.0.3:8080"]);
+    let all = base.with([s(Service { allow_unhealthy: true, ..web.clone() })]);
+    assert_eq!(go(&all, 0), "10.0.0.4:8080");
+
+    let plain = |workload: Workload| Workload { tunnel: TunnelProtocol::None, ..workload };
+    let outside = world([s(web.clone()), w(plain(sick))]);
+    assert_eq!(go(&outside, 0), "10.96.0.1:80 of Some(\"shop/web.shop.svc.cluster.local\")");
+    // As soon as one endpoint is in the mesh the choice is the mesh's, over all of them.
+    let mixed = outside.with([
+        w(endpoint_of(workload("shop", "web-2", "10.0.0.3", "n1"), &web)),
+        w(plain(endpoint_of(workload("shop", "web-4", "10.0.0.5", "n1"), &web))),
+    ]);
+    assert_eq!([go(&mixed, 0), go(&mixed, 1)], ["10.0.0.3:8080", "plain 10.0.0.5:8080"]);
+}
+
 #[test]
 fn a_connect_leads_only_to_the_pod_that_was_reached() {
     let own: IpAddr = "10.0.0.2".parse().unwrap();
@@ -585,7 +715,7 @@ proptest! {
                     if variant > 0 { pod = endpoint_of(pod, &shared); }
                     w(pod)
                 }
-                3 => s(Service { canonical: variant == 0, vips: vec![format!("10.96.0.{variant}").parse().unwrap()], ..shared.clone() }),
+                3 => s(Service { canonical: variant == 0, vips: vec![format!("10.96.0.{variant}").parse().unwrap()], fronts: vec![Front { at: format!("192.0.2.{variant}:30080").parse().unwrap(), port: 80 }], sticky: variant == 1, ..shared.clone() }),
                 4 => p(policy("x", [Scope::Global, Scope::Namespace, Scope::WorkloadSelector][variant], Action::Deny, vec![])),
                 _ => Change::InvalidPolicy(PolicyKey::new("shop", "y")),
             };
@@ -604,6 +734,7 @@ proptest! {
             facts.extend(world.services().map(|item| format!("{item:?}")));
             facts.extend(world.policies().map(|item| format!("{item:?}")));
             for variant in 0..3 {
+                facts.push(format!("{:?}", world.service_at("shop", format!("192.0.2.{variant}:30080").parse().unwrap())));
                 facts.push(format!("{:?}", world.service_by_vip("shop", format!("10.96.0.{variant}").parse().unwrap())));
                 for item in 0..3 {
                     facts.push(format!("{:?}", world.workload_by_ip(format!("10.0.{variant}.{item}").parse().unwrap())));

@@ -243,7 +243,7 @@ fn open(agent: &Agent, flow: &DirectFlow) -> Open {
     let dialled = flow.dialled.filter(|dialled| *dialled != flow.dst);
     let service = match (&world, &src, dialled) {
         (Some(world), Some(src), Some(dialled)) => {
-            world.service_by_vip(&src.namespace, dialled.ip()).cloned()
+            world.service_at(&src.namespace, dialled).map(|reached| reached.service.clone())
         }
         _ => None,
     };
@@ -389,8 +389,8 @@ fn refused(
         None => Failure::new(flag, text),
     };
     if let (Some(world), Some(source), Some(dialled)) = (&world, &source, dialled) {
-        let service = world.service_by_vip(&source.namespace, dialled.ip());
-        record.details.service = service.map(|service| service.key.hostname.to_string());
+        let reached = world.service_at(&source.namespace, dialled);
+        record.details.service = reached.map(|reached| reached.service.key.hostname.to_string());
     }
     Told { source, destination, ..Told::default() }.count(&mut record, &agent.metrics, Side::Outbound);
     report::close(record, Err(failure));

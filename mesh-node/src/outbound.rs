@@ -31,11 +31,7 @@ use crate::{
 pub async fn serve(at: &Site, mut client: TcpStream, from: SocketAddr) {
     let mut record = AccessRecord::open(Side::Outbound, Some(from));
     let outcome = carry(at, &mut client, from, &mut record).await;
-    if outcome.is_err() {
-        // The client believed to be connected: a reset says that it never was, or is no longer.
-        let _ = socket::reset_on_close(&client);
-    }
-    report::close(record, outcome);
+    report::conclude(&client, record, outcome);
 }
 
 async fn carry(
@@ -106,7 +102,7 @@ async fn planned(
     route.told.count(record, &at.agent.metrics, Side::Outbound);
     report::show(live, record);
     match plan {
-        Plan::Passthrough { to } | Plan::Plain { to, .. } => {
+        Plan::Passthrough { to, .. } | Plan::Plain { to, .. } => {
             let mut server = dial_plain(at, to).await?;
             copy_bidirectional(client, &mut server, &record.counters()).await?;
         }
@@ -179,12 +175,12 @@ impl Route {
         };
         let reason = explain::plan(plan);
         match plan {
-            Plan::Passthrough { to } => Self {
+            Plan::Passthrough { to, service } => Self {
                 path: Path::Passthrough,
                 hop: *to,
                 authority: None,
                 reason,
-                told: told(None, None, false),
+                told: told(None, service.as_ref(), false),
             },
             Plan::Plain { to, workload, service } => Self {
                 // For whoever looks at it, a workload outside the mesh is passed through like any other address.

@@ -1,11 +1,15 @@
 //! (pure) Services and the workloads behind them.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use mesh_core::{
     id::{ServiceKey, WorkloadKey},
     model::{
-        Health, LoadBalancing, Locality, NetworkMode, PortMap, Service, ServicePort, TunnelProtocol,
+        Front, Health, LoadBalancing, Locality, NetworkMode, PortMap, Service, ServicePort, TunnelProtocol,
         Visibility, Workload,
     },
 };
@@ -16,9 +20,12 @@ use super::{
     index::{Entry, Index, Name, selects},
     policies::Attached,
 };
-use crate::translate::{
-    service::{EndpointFacts, ServiceFacts, SliceFacts, Target},
-    workload::PodFacts,
+use crate::{
+    source::Severity,
+    translate::{
+        service::{EndpointFacts, ServiceFacts, SliceFacts, Target},
+        workload::PodFacts,
+    },
 };
 
 /// Which pods and addresses are behind the services.
@@ -39,6 +46,7 @@ pub struct Other {
     address: IpAddr,
     node: Arc<str>,
     ready: bool,
+    leaving: bool,
     services: BTreeMap<ServiceKey, PortMap>,
 }
 
@@ -97,7 +105,7 @@ fn from_slice(
             Some((port.port, *target))
         })
         .collect();
-    for EndpointFacts { pod, address, ready, node } in &slice.facts.endpoints {
+    for EndpointFacts { pod, address, ready, leaving, node } in &slice.facts.endpoints {
         let pod_key = pod.as_ref().map(|pod| (name.0.clone(), pod.clone()));
         match pod_key.filter(|key| index.pods.contains_key(key)) {
             Some(pod_key) => found.add(name, key, &pod_key, ports.clone()),
@@ -114,6 +122,7 @@ fn from_slice(
                     address: *address,
                     node: node.clone(),
                     ready: *ready,
+                    leaving: *leaving,
                     services: BTreeMap::new(),
                 });
                 other.services.insert(key.clone(), ports.clone());
@@ -147,10 +156,20 @@ pub fn service_resources(
 ) -> BTreeMap<ServiceKey, Arc<Service>> {
     let mut by_age: Vec<_> = index.services.iter().collect();
     by_age.sort_by(|(_, a), (_, b)| a.age().cmp(&b.age()));
-    let mut services = BTreeMap::new();
+    let (mut services, mut taken) = (BTreeMap::new(), BTreeSet::new());
     for (name, service) in by_age {
-        let ServiceFacts { labels: _, vips, headless: _, ports, selector: _, publish_not_ready, node_local } =
-            service.facts;
+        let ServiceFacts {
+            labels: _,
+            vips,
+            externals: _,
+            headless: _,
+            ports,
+            selector: _,
+            publish_not_ready,
+            node_local,
+            sticky,
+        } = service.facts;
+        let fronts = fronts(index, service, &mut taken, out);
         let key = index.service_key(&name.0, &name.1);
         let ports = ports.iter().map(|port| ServicePort {
             port: port.port,
@@ -163,10 +182,12 @@ pub fn service_resources(
             key: key.clone(),
             name: name.1.clone(),
             vips: out.claim(service.of(), "spec.clusterIPs", vips),
+            fronts,
             ports: ports.collect(),
             subject_alt_names: Vec::new(),
             waypoint: bound.get(name).map(|binding| binding.reference.clone()),
             load_balancing: if *node_local { LoadBalancing::SameNode } else { LoadBalancing::All },
+            sticky: *sticky,
             allow_unhealthy: *publish_not_ready,
             canonical: true,
             visibility: Visibility::Public,
@@ -174,6 +195,34 @@ pub fn service_resources(
         services.insert(key, Arc::new(resource));
     }
     services
+}
+
+/// Where a service is reached besides its VIPs: its ports at its external addresses, its node ports at every node. An
+/// address that a pod or a VIP has stays theirs, and of several services at one address and port the oldest has it, as
+/// kube-proxy decides.
+fn fronts(
+    index: &Index<'_>,
+    service: &Entry<'_, ServiceFacts>,
+    taken: &mut BTreeSet<SocketAddr>,
+    out: &mut Output,
+) -> Vec<Front> {
+    let mut fronts = Vec::new();
+    for ip in &service.facts.externals {
+        if let Some(holder) = out.claims.get(ip).map(ToString::to_string) {
+            let reason = format!("AddressConflict: {ip} belongs to {holder}: not used here");
+            out.tell(Severity::Error, service.of(), "spec.externalIPs", reason);
+            continue;
+        }
+        let ports = service.facts.ports.iter();
+        fronts.extend(ports.map(|port| Front { at: SocketAddr::new(*ip, port.port), port: port.port }));
+    }
+    for port in &service.facts.ports {
+        let Some(node_port) = port.node_port else { continue };
+        let nodes = index.nodes.values().flat_map(|node| &node.addresses);
+        fronts.extend(nodes.map(|ip| Front { at: SocketAddr::new(*ip, node_port), port: port.port }));
+    }
+    fronts.retain(|front| taken.insert(front.at));
+    fronts
 }
 
 /// The workloads as the proxies see them.
@@ -230,6 +279,7 @@ fn pod_workload(
         native_tunnel: index.native(&key.0, facts),
         policies: policies.of_pod(key),
         health: if facts.ready && !facts.deleting { Health::Healthy } else { Health::Unhealthy },
+        leaving: facts.ready && facts.deleting,
         cluster: index.mesh.cluster.clone(),
         services: endpoints.by_pod.get(key).cloned().unwrap_or_default(),
         locality: locality(index, &facts.node),
@@ -240,7 +290,7 @@ fn pod_workload(
 
 /// An address without identity, never found by address (`wire-protocol.md` W24).
 fn other_workload(index: &Index<'_>, uid: &WorkloadKey, other: &Other) -> Workload {
-    let Other { name, namespace, address, node, ready, services } = other;
+    let Other { name, namespace, address, node, ready, leaving, services } = other;
     Workload {
         uid: uid.clone(),
         name: name.clone(),
@@ -258,6 +308,7 @@ fn other_workload(index: &Index<'_>, uid: &WorkloadKey, other: &Other) -> Worklo
         native_tunnel: false,
         policies: Vec::new(),
         health: if *ready { Health::Healthy } else { Health::Unhealthy },
+        leaving: *leaving,
         cluster: index.mesh.cluster.clone(),
         services: services.clone(),
         locality: locality(index, node),

@@ -480,6 +480,59 @@ fn endpoint_slices_replace_the_selector() {
     assert_eq!(other.network_mode, mesh_core::model::NetworkMode::HostNetwork);
 }
 
+/// Node ports at every node, load balancers' and external addresses at the service's own ports; the oldest service has
+/// an address and port, a pod's address stays the pod's.
+#[test]
+fn a_service_has_fronts_at_nodes_and_external_addresses() {
+    let node = |name: &str, addresses: &str| {
+        object("Node", name, "", &format!("status: {{addresses: [{addresses}]}}"))
+            .replace("namespace: , ", "")
+    };
+    let service_of = |name: &str, age: &str, spec: &str| {
+        object("Service", name, "bank", &format!("spec: {{{spec}}}")).replace(
+            "namespace: bank",
+            &format!("namespace: bank, creationTimestamp: '{age}-01-01T00:00:00Z'"),
+        )
+    };
+    let world = world(
+        &(BASE.to_owned()
+            + "---\n"
+            + &node(
+                "n1",
+                "{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, address: '2001:db8::1'}, {type: Hostname, address: n1}",
+            )
+            + &node("n2", "{type: InternalIP, address: 192.0.2.2}")
+            + &service_of(
+                "old",
+                "2020",
+                "clusterIP: 10.96.7.1, externalIPs: [198.51.100.7, 10.0.0.1], sessionAffinity: ClientIP, ports: [{name: a, port: 80, nodePort: 30080}, {name: b, port: 81}]",
+            )
+            + &service_of(
+                "new",
+                "2021",
+                "clusterIP: 10.96.7.2, externalIPs: [198.51.100.7], ports: [{name: a, port: 80}, {name: c, port: 82}]",
+            )),
+    );
+    let fronts = |name| -> Vec<String> {
+        let service = service(&world, "bank", name);
+        service.fronts.iter().map(|front| format!("{} {}", front.at, front.port)).collect()
+    };
+    assert_eq!(
+        fronts("old"),
+        [
+            "198.51.100.7:80 80",
+            "198.51.100.7:81 81",
+            "192.0.2.1:30080 80",
+            "[2001:db8::1]:30080 80",
+            "192.0.2.2:30080 80"
+        ]
+    );
+    assert_eq!(fronts("new"), ["198.51.100.7:82 82"]);
+    assert!(service(&world, "bank", "old").sticky && !service(&world, "bank", "new").sticky);
+    let told = complaints(&world);
+    assert_eq!(told.iter().filter(|complaint| complaint.contains("AddressConflict")).count(), 1, "{told:?}");
+}
+
 #[test]
 fn an_address_belongs_to_whoever_had_it_first() {
     let pod_of = |name: &str, ip: &str| {

@@ -20,6 +20,8 @@ pub struct ServiceFacts {
     pub labels: Labels,
     /// Its virtual addresses; none when it is headless, or has not been given any yet.
     pub vips: Vec<IpAddr>,
+    /// Load balancers' addresses that are handled on the node, and external IPs.
+    pub externals: Vec<IpAddr>,
     /// It has no virtual address on purpose.
     pub headless: bool,
     /// Its TCP ports.
@@ -30,6 +32,8 @@ pub struct ServiceFacts {
     pub publish_not_ready: bool,
     /// Only endpoints of the client's own node.
     pub node_local: bool,
+    /// A client keeps its endpoint.
+    pub sticky: bool,
 }
 
 /// One port of a Service.
@@ -41,6 +45,8 @@ pub struct PortFacts {
     pub port: u16,
     /// Port of the pods.
     pub target: Target,
+    /// Port at which every node takes it.
+    pub node_port: Option<u16>,
     /// What it speaks, as far as it is declared.
     pub protocol: Protocol,
     /// It is declared to speak HTTP/2 with prior knowledge.
@@ -87,6 +93,8 @@ pub struct EndpointFacts {
     pub address: IpAddr,
     /// It takes connections.
     pub ready: bool,
+    /// It is being deleted and still serves.
+    pub leaving: bool,
     /// Its node.
     pub node: Arc<str>,
 }
@@ -101,32 +109,52 @@ pub fn service(object: &Object, service: &Service, report: &mut Report<'_>) -> O
         return None;
     }
     let listed = spec.cluster_ips.iter().flatten().map(String::as_str);
-    let mut vips: Vec<IpAddr> = Vec::new();
-    for text in spec.cluster_ip.as_deref().into_iter().chain(listed) {
-        match text.parse::<IpAddr>() {
-            _ if text.is_empty() || text == "None" => {}
-            Ok(ip) if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() => {
-                report.error("spec.clusterIPs", format!("{text} cannot be the address of a Service"));
-            }
-            Ok(ip) if vips.contains(&ip.to_canonical()) => {}
-            Ok(ip) => vips.push(ip.to_canonical()),
-            Err(_) => report.error("spec.clusterIPs", format!("{text:.64?} is not an IP address")),
+    let vips = addresses("spec.clusterIPs", spec.cluster_ip.as_deref().into_iter().chain(listed), report);
+    let ingress = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = ingress.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
+    // Mode Proxy: the load balancer wants to see the connection itself.
+    let on_node = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
+    let balanced = on_node.filter_map(|ingress| ingress.ip.as_deref());
+    let mut externals = addresses("status.loadBalancer.ingress", balanced, report);
+    let listed = spec.external_ips.iter().flatten().map(String::as_str);
+    for ip in addresses("spec.externalIPs", listed, report) {
+        if !externals.contains(&ip) {
+            externals.push(ip);
         }
     }
     let ports = spec.ports.iter().flatten().enumerate();
     Some(ServiceFacts {
         labels: object.meta.labels.clone().unwrap_or_default(),
         vips,
+        externals,
         headless: spec.cluster_ip.as_deref() == Some("None"),
         ports: ports.filter_map(|(index, port)| port_of(index, port, report)).collect(),
         selector: spec.selector.clone().filter(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
     })
 }
 
+/// The usable ones, each once.
+fn addresses<'a>(field: &str, texts: impl Iterator<Item = &'a str>, report: &mut Report<'_>) -> Vec<IpAddr> {
+    let mut found: Vec<IpAddr> = Vec::new();
+    for text in texts {
+        match text.parse::<IpAddr>() {
+            _ if text.is_empty() || text == "None" => {}
+            Ok(ip) if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() => {
+                report.error(field, format!("{text} cannot be the address of a Service"));
+            }
+            Ok(ip) if found.contains(&ip.to_canonical()) => {}
+            Ok(ip) => found.push(ip.to_canonical()),
+            Err(_) => report.error(field, format!("{text:.64?} is not an IP address")),
+        }
+    }
+    found
+}
+
 fn port_of(index: usize, port: &KubernetesPort, report: &mut Report<'_>) -> Option<PortFacts> {
-    let KubernetesPort { app_protocol, name, node_port: _, port: number, protocol, target_port } = port;
+    let KubernetesPort { app_protocol, name, node_port, port: number, protocol, target_port } = port;
     if protocol.as_deref().unwrap_or("TCP") != "TCP" {
         return None;
     }
@@ -154,6 +182,7 @@ fn port_of(index: usize, port: &KubernetesPort, report: &mut Report<'_>) -> Opti
         name: name.into(),
         port: number,
         target,
+        node_port: node_port.and_then(valid),
         protocol: declared(app_protocol.as_deref(), name),
         http2: matches!(declared_text(app_protocol.as_deref(), name).as_str(), "http2" | "grpc" | "h2c"),
     })
@@ -209,6 +238,9 @@ pub fn slice(object: &Object, slice: &EndpointSlice, report: &mut Report<'_>) ->
             pod: pod.and_then(|target| target.name.as_deref()).map(Arc::from),
             address: address.to_canonical(),
             ready: conditions.and_then(|conditions| conditions.ready).unwrap_or(true),
+            leaving: conditions.is_some_and(|conditions| {
+                conditions.terminating == Some(true) && conditions.serving == Some(true)
+            }),
             node: endpoint.node_name.as_deref().unwrap_or_default().into(),
         });
     }
@@ -239,10 +271,10 @@ mod tests {
     #[test]
     fn a_service_is_read_in_full() {
         let got = service_of(
-            "{clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1, 'fd00:96::1'], selector: {app: a}, publishNotReadyAddresses: true, internalTrafficPolicy: Local, ports: [{name: http, port: 80, targetPort: web}, {name: db, port: 3306, protocol: TCP}, {name: dns, port: 53, protocol: UDP}]}",
+            "{clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1, 'fd00:96::1'], selector: {app: a}, publishNotReadyAddresses: true, internalTrafficPolicy: Local, ports: [{name: http, port: 80, targetPort: web}, {name: db, port: 3306, protocol: TCP, nodePort: 30306}, {name: dns, port: 53, protocol: UDP}]}",
         );
         assert_eq!(got.vips.len(), 2);
-        assert!(got.publish_not_ready && got.node_local);
+        assert!(got.publish_not_ready && got.node_local && !got.sticky);
         assert_eq!(
             got.ports,
             [
@@ -250,6 +282,7 @@ mod tests {
                     name: "http".into(),
                     port: 80,
                     target: Target::Name("web".into()),
+                    node_port: None,
                     protocol: Protocol::Http,
                     http2: false
                 },
@@ -257,11 +290,18 @@ mod tests {
                     name: "db".into(),
                     port: 3306,
                     target: Target::Number(3306),
+                    node_port: Some(30306),
                     protocol: Protocol::Undeclared,
                     http2: false
                 },
             ]
         );
+        let outside = service_of(
+            "{externalIPs: [192.0.2.7, 192.0.2.8], sessionAffinity: ClientIP, ports: []}\nstatus: {loadBalancer: {ingress: [{ip: 192.0.2.9}, {ip: 192.0.2.8, ipMode: VIP}, {ip: 192.0.2.10, ipMode: Proxy}, {hostname: x.example}]}}",
+        );
+        let externals: Vec<_> = outside.externals.iter().map(ToString::to_string).collect();
+        assert_eq!(externals, ["192.0.2.9", "192.0.2.8", "192.0.2.7"]);
+        assert!(outside.sticky && outside.vips.is_empty());
         assert!(service_of("{clusterIP: None, ports: []}").headless);
         assert!(!service_of("{ports: []}").headless);
     }
@@ -286,10 +326,13 @@ mod tests {
 
     #[test]
     fn a_slice_names_service_ports_and_pods() {
-        let yaml = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s-1, labels: {kubernetes.io/service-name: s}}\naddressType: IPv4\nports: [{name: http, port: 8080}, {name: dns, port: 53, protocol: UDP}]\nendpoints: [{addresses: [10.0.0.1], conditions: {ready: false}, targetRef: {kind: Pod, name: a}, nodeName: n}, {addresses: [10.0.0.2]}]\n";
+        let yaml = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: s-1, labels: {kubernetes.io/service-name: s}}\naddressType: IPv4\nports: [{name: http, port: 8080}, {name: dns, port: 53, protocol: UDP}]\nendpoints: [{addresses: [10.0.0.1], conditions: {ready: false, serving: true, terminating: true}, targetRef: {kind: Pod, name: a}, nodeName: n}, {addresses: [10.0.0.2]}]\n";
         let Fragment::Slice(got) = translated(yaml).fragment else { panic!() };
         assert_eq!(got.ports, [("http".into(), 8080)]);
-        assert_eq!((got.endpoints[0].pod.as_deref(), got.endpoints[0].ready), (Some("a"), false));
+        assert_eq!(
+            (got.endpoints[0].pod.as_deref(), got.endpoints[0].ready, got.endpoints[0].leaving),
+            (Some("a"), false, true)
+        );
         assert_eq!((got.endpoints[1].pod.as_deref(), got.endpoints[1].ready), (None, true));
     }
 }

@@ -31,6 +31,8 @@ pub struct NodeFacts {
     pub locality: Locality,
     /// Nothing may run there before the agent is in force.
     pub waits_for_agent: bool,
+    /// Its addresses, at which it takes node ports.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Taint of a node whose agent is not in force yet.
@@ -83,7 +85,22 @@ pub fn node(object: &Object, node: &Node) -> NodeFacts {
             zone: label("topology.kubernetes.io/zone"),
             subzone: label("topology.istio.io/subzone"),
         },
+        addresses: node_addresses(node),
     }
+}
+
+/// Names are left out, as is what is no address of a host.
+fn node_addresses(node: &Node) -> Vec<IpAddr> {
+    let listed = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    let mut own: Vec<IpAddr> = Vec::new();
+    for address in listed.filter(|address| matches!(&*address.type_, "InternalIP" | "ExternalIP")) {
+        let Ok(ip) = address.address.parse::<IpAddr>() else { continue };
+        let ip = ip.to_canonical();
+        if !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || own.contains(&ip)) {
+            own.push(ip);
+        }
+    }
+    own
 }
 
 /// Translates a Pod.

@@ -1,6 +1,9 @@
 //! A service: a name and addresses in front of workloads.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use serde::Serialize;
 
@@ -14,6 +17,16 @@ pub struct ServicePort {
     pub port: u16,
     /// Port of the endpoints; 0 = each endpoint has its own (named target port).
     pub target: u16,
+}
+
+/// An address besides the VIPs at which one port of a service is reached: a node port, a load balancer's address, an
+/// external IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct Front {
+    /// What clients dial.
+    pub at: SocketAddr,
+    /// The service's port behind it.
+    pub port: u16,
 }
 
 /// Which clients see a service.
@@ -47,6 +60,8 @@ pub struct Service {
     pub name: Arc<str>,
     /// Virtual addresses of the default network.
     pub vips: Vec<IpAddr>,
+    /// Other addresses, each for one port.
+    pub fronts: Vec<Front>,
     /// Ports.
     pub ports: Vec<ServicePort>,
     /// Server identities that are accepted beside the endpoint's own.
@@ -55,6 +70,8 @@ pub struct Service {
     pub waypoint: Option<WaypointRef>,
     /// How an endpoint is chosen.
     pub load_balancing: LoadBalancing,
+    /// A client keeps its endpoint (`sessionAffinity: ClientIP`).
+    pub sticky: bool,
     /// Unhealthy endpoints take connections too (`publishNotReadyAddresses`).
     pub allow_unhealthy: bool,
     /// A real Kubernetes service; wins ties between services that share an address.

@@ -104,6 +104,8 @@ pub struct Workload {
     pub policies: Vec<PolicyKey>,
     /// Whether it takes new connections.
     pub health: Health,
+    /// It is being deleted and still serves: taken where a service has no healthy endpoint.
+    pub leaving: bool,
     /// Cluster.
     pub cluster: Arc<str>,
     /// Services that it is an endpoint of, with their port mapping.

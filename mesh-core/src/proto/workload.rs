@@ -1,7 +1,7 @@
 //! `istio.workload` (`wire-protocol.md` 5.6).
 #![expect(missing_docs, reason = "fields are Istio's, described in wire-protocol.md 5.6")]
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use super::{Malformed, each, ip, ip_bytes, port};
 use crate::{
@@ -55,6 +55,22 @@ pub struct Service {
     pub canonical: bool,
     #[prost(int32, tag = "14")]
     pub visibility: i32,
+    /// Ours: `model::Service::fronts`.
+    #[prost(message, repeated, tag = "1001")]
+    pub fronts: Vec<FrontMessage>,
+    /// Ours: `model::Service::sticky`.
+    #[prost(bool, tag = "1002")]
+    pub sticky: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct FrontMessage {
+    #[prost(bytes = "vec", tag = "1")]
+    pub address: Vec<u8>,
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    #[prost(uint32, tag = "3")]
+    pub service_port: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -114,6 +130,9 @@ pub struct Workload {
     /// `google.protobuf.UInt32Value`.
     #[prost(message, optional, tag = "27")]
     pub capacity: Option<u32>,
+    /// Ours: `model::Workload::leaving`.
+    #[prost(bool, tag = "1001")]
+    pub leaving: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -298,6 +317,8 @@ impl TryFrom<Service> for model::Service {
             ip_families,
             canonical,
             visibility,
+            fronts,
+            sticky,
         } = message;
         choice("ip_families", ip_families, &[(0, ()), (1, ()), (2, ()), (3, ())])?;
         let (load_balancing, allow_unhealthy) = match load_balancing {
@@ -311,6 +332,8 @@ impl TryFrom<Service> for model::Service {
             key: ServiceKey::new(&required("namespace", namespace)?, &required("hostname", hostname)?),
             name: name.into(),
             vips: each("addresses", addresses, host)?,
+            fronts: each("fronts", fronts, front)?,
+            sticky,
             ports: each("ports", ports, service_port)?,
             subject_alt_names: each("subject_alt_names", subject_alt_names, identity)?,
             waypoint: waypoint
@@ -327,6 +350,20 @@ impl TryFrom<Service> for model::Service {
             )?,
         })
     }
+}
+
+fn front(message: FrontMessage) -> Result<model::Front, Malformed> {
+    let FrontMessage { address, port: dialled, service_port } = message;
+    let ip = ip(&address).map_err(|error| error.within("address"))?;
+    Ok(model::Front {
+        at: SocketAddr::new(ip.to_canonical(), port(dialled).map_err(|error| error.within("port"))?),
+        port: port(service_port).map_err(|error| error.within("service_port"))?,
+    })
+}
+
+fn front_message(front: &model::Front) -> FrontMessage {
+    let model::Front { at, port } = front;
+    FrontMessage { address: ip_bytes(at.ip()), port: at.port().into(), service_port: u32::from(*port) }
 }
 
 fn balancing(message: LoadBalancingMessage) -> Result<(LoadBalancing, bool), Malformed> {
@@ -358,10 +395,12 @@ impl From<&model::Service> for Service {
             key,
             name,
             vips,
+            fronts,
             ports,
             subject_alt_names,
             waypoint,
             load_balancing,
+            sticky,
             allow_unhealthy,
             canonical,
             visibility,
@@ -391,6 +430,8 @@ impl From<&model::Service> for Service {
             ip_families: 0,
             canonical: *canonical,
             visibility: i32::from(*visibility == Visibility::Namespace),
+            fronts: fronts.iter().map(front_message).collect(),
+            sticky: *sticky,
         }
     }
 }
@@ -426,6 +467,7 @@ impl TryFrom<Workload> for model::Workload {
             locality,
             network_mode,
             capacity,
+            leaving,
         } = message;
         choice("workload_type", workload_type, &[(0, ()), (1, ()), (2, ()), (3, ())])?;
         let locality = locality.unwrap_or_default();
@@ -470,6 +512,7 @@ impl TryFrom<Workload> for model::Workload {
                 &[(0, NetworkMode::Standard), (1, NetworkMode::HostNetwork)],
             )?,
             capacity: capacity.unwrap_or(1),
+            leaving,
         };
         // The identity must be one that a certificate can prove.
         Identity::parse(&workload.identity().to_string())
@@ -510,6 +553,7 @@ impl From<&model::Workload> for Workload {
             locality,
             network_mode,
             capacity,
+            leaving,
         } = workload;
         let model::Locality { region, zone, subzone } = locality;
         let ports = |ports: &PortMap| PortList {
@@ -543,6 +587,7 @@ impl From<&model::Workload> for Workload {
             }),
             network_mode: i32::from(*network_mode == NetworkMode::HostNetwork),
             capacity: (*capacity != 1).then_some(*capacity),
+            leaving: *leaving,
         }
     }
 }

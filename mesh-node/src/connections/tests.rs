@@ -37,6 +37,7 @@ fn workload(policies: Vec<PolicyKey>) -> Change {
         native_tunnel: false,
         policies,
         health: mesh_core::model::Health::Healthy,
+        leaving: false,
         cluster: "Kubernetes".into(),
         services: std::collections::BTreeMap::new(),
         locality: Locality::default(),

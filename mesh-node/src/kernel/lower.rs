@@ -12,6 +12,7 @@ use mesh_core::{
     id::ServiceKey,
     inbound::{self, Direct},
     model::{LoadBalancing, Service, TunnelProtocol, Visibility, Workload},
+    outbound::outside_the_mesh,
     snapshot::{Applicable, Snapshot},
 };
 use mesh_ebpf_common::is_agent_port;
@@ -218,13 +219,63 @@ impl Lowering {
                 self.services.insert(key, chosen);
             }
         }
+        self.fronts(world, &mut known, &mut states);
         states
+    }
+
+    /// Addresses for clients outside, which pods may dial as well. A VIP wins over them, as in the agent's plan.
+    fn fronts(
+        &mut self,
+        world: &Snapshot,
+        known: &mut HashMap<(ServiceKey, IpAddr), Chosen>,
+        states: &mut BTreeMap<SocketAddr, ServiceState>,
+    ) {
+        let mut owners: BTreeMap<SocketAddr, Vec<&Arc<Service>>> = BTreeMap::new();
+        for service in world.services() {
+            for front in &service.fronts {
+                owners.entry(front.at).or_default().push(service);
+            }
+        }
+        for (at, owners) in owners {
+            if world.service_by_vip("", at.ip()).is_some() || states.contains_key(&at) {
+                continue;
+            }
+            let [service] = owners[..] else {
+                states.insert(at, ServiceState::Agent);
+                continue;
+            };
+            if service.visibility != Visibility::Public {
+                states.insert(at, ServiceState::Agent);
+                continue;
+            }
+            let key = (service.key.clone(), at.ip());
+            if !self.services.contains_key(&key) {
+                let same = known.remove(&key).filter(|chosen| chosen.is(world, service));
+                let chosen = same.unwrap_or_else(|| Chosen::from_outside(world, service, at.ip()));
+                self.services.insert(key.clone(), chosen);
+            }
+            let port = service.fronts.iter().find(|front| front.at == at).map(|front| front.port);
+            let state = self.services[&key].states.iter().find(|(known, _)| Some(*known) == port);
+            states.insert(at, state.map_or(ServiceState::Agent, |(_, state)| state.clone()));
+        }
     }
 }
 
 impl Chosen {
     fn of(world: &Snapshot, service: &Arc<Service>, node: &str, vip: IpAddr) -> Self {
         let state = |port: u16| (port, choice(world, service, port, node, vip));
+        Self {
+            service: service.clone(),
+            endpoints: world.endpoints(&service.key).cloned().collect(),
+            states: service.ports.iter().map(|port| state(port.port)).collect(),
+        }
+    }
+
+    fn from_outside(world: &Snapshot, service: &Arc<Service>, dialled: IpAddr) -> Self {
+        let state = |port: u16| {
+            let candidates = || balance::candidates_anywhere(world, service, port, dialled);
+            (port, chosen_among(world, service, candidates))
+        };
         Self {
             service: service.clone(),
             endpoints: world.endpoints(&service.key).cloned().collect(),
@@ -240,12 +291,21 @@ impl Chosen {
 }
 
 fn choice(world: &Snapshot, service: &Service, port: u16, node: &str, vip: IpAddr) -> ServiceState {
-    if service.waypoint.is_some() || service.load_balancing == LoadBalancing::Passthrough {
+    chosen_among(world, service, || balance::candidates(world, service, port, node, vip))
+}
+
+fn chosen_among(
+    world: &Snapshot,
+    service: &Service,
+    candidates: impl FnOnce() -> Vec<balance::Candidate>,
+) -> ServiceState {
+    let passed_on = service.load_balancing == LoadBalancing::Passthrough || outside_the_mesh(world, service);
+    // Which endpoint a client keeps is more than a weight.
+    if service.waypoint.is_some() || service.sticky || passed_on {
         return ServiceState::Agent;
     }
-    let candidates = balance::candidates(world, service, port, node, vip);
     ServiceState::Endpoints(
-        candidates.into_iter().map(|candidate| (candidate.target, candidate.weight)).collect(),
+        candidates().into_iter().map(|candidate| (candidate.target, candidate.weight)).collect(),
     )
 }
 

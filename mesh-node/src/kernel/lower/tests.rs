@@ -112,6 +112,7 @@ fn workload(number: u8, account: &str, waypoint: bool, policies: &[PolicyKey]) -
         native_tunnel: false,
         policies: policies.to_vec(),
         health: Health::Healthy,
+        leaving: false,
         cluster: "Kubernetes".into(),
         services: [(ServiceKey::new("shop", "svc"), [(80, 8080)].into())].into(),
         locality: Locality::default(),
@@ -125,11 +126,13 @@ fn service(waypoint: bool) -> Service {
         key: ServiceKey::new("shop", "svc"),
         name: "svc".into(),
         vips: vec![IpAddr::from([10, 96, 0, 1]), "fd96::1".parse().unwrap()],
+        fronts: Vec::new(),
         ports: vec![ServicePort { port: 80, target: 8080 }],
         subject_alt_names: Vec::new(),
         waypoint: waypoint
             .then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
         load_balancing: LoadBalancing::All,
+        sticky: false,
         allow_unhealthy: false,
         canonical: true,
         visibility: Visibility::Public,
@@ -387,4 +390,46 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
     // A service's waypoint covers its own port, reached by the pod's address too.
     assert_eq!(ways(vec![], (false, true), false), [Way::Agent, Way::Direct, Way::Agent]);
     assert_eq!(ways(vec![], (false, false), true)[..2], [Way::Agent; 2]);
+}
+
+/// What one change costs, beside lowering everything: `cargo test --release -p mesh-node one_change -- --ignored
+/// --nocapture`.
+#[test]
+#[ignore = "a measurement, not a promise"]
+fn one_change_costs() {
+    for count in [110_u8, 250] {
+        let deny = |number: u16| Policy {
+            key: PolicyKey::new("shop", &format!("p{number}")),
+            scope: Scope::Namespace,
+            action: Action::Deny,
+            rules: vec![Rule {
+                clauses: vec![Clause {
+                    matches: vec![Match { destination_ports: vec![number], ..Match::default() }],
+                }],
+            }],
+            dry_run: false,
+        };
+        let mut pods: Vec<_> = (0..count)
+            .map(|number| LocalWorkload {
+                id: u32::from(number) + 1,
+                workload: Arc::new(workload(number, "a", false, &[])),
+                probe_ports: BTreeSet::new(),
+            })
+            .collect();
+        let changes = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
+        let policies = (1..=20).map(|number| Change::Policy(Arc::new(deny(number))));
+        let mut world = Snapshot::default().with(changes.chain(policies));
+        let mut lowering = Lowering::default();
+        let timed = |lowering: &mut Lowering, world: &Snapshot, pods: &[LocalWorkload]| {
+            let begin = std::time::Instant::now();
+            let state = lowering.lower(world, "n1", pods);
+            (begin.elapsed(), state.verdicts.len())
+        };
+        let (all, entries) = timed(&mut lowering, &world, &pods);
+        let changed = Arc::new(workload(0, "b", false, &[]));
+        pods[0].workload = changed.clone();
+        world = world.with([Change::Workload(changed)]);
+        let (one, _) = timed(&mut lowering, &world, &pods);
+        println!("{count} pods, 20 ports, {entries} entries: everything {all:?}, one pod changed {one:?}");
+    }
 }
