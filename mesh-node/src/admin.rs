@@ -56,6 +56,8 @@ pub struct ShownPod {
     pub identity: Option<Identity>,
     /// Its certificate.
     pub certificate: Option<ShownCertificate>,
+    /// Connections from before it was enrolled, which go on past the mesh.
+    pub earlier_connections: usize,
     /// Why the state is not `serving`.
     pub why: Option<String>,
 }
@@ -94,12 +96,14 @@ fn plain(kept: &Kept, state: &'static str, why: Option<String>) -> ShownPod {
         state,
         identity: None,
         certificate: None,
+        earlier_connections: 0,
         why,
     }
 }
 
 fn served(agent: &Agent, pod: &Pod) -> ShownPod {
     let mut shown = plain(&pod.kept.load(), "serving", None);
+    shown.earlier_connections = agent.earlier.count(pod.slot);
     let Some(world) = agent.world.now() else {
         (shown.state, shown.why) = ("pending", Some("the control plane has not answered yet".to_owned()));
         return shown;
@@ -225,6 +229,8 @@ impl Admin {
             Ok(direct) => {
                 all.extend(through.iter().filter_map(|one| serde_json::to_value(one).ok()));
                 all.extend(direct.iter().filter_map(|one| serde_json::to_value(one).ok()));
+                let earlier = self.agent.earlier.list(&self.agent);
+                all.extend(earlier.iter().filter_map(|one| serde_json::to_value(one).ok()));
                 AdminResponse::json(200, &all)
             }
             Err(error) => AdminResponse::text(500, format!("{error}\n")),

@@ -30,6 +30,7 @@ use tokio::{
 use crate::{
     connections::{Connections, Owner},
     direct::Direct,
+    earlier::Earlier,
     kernel::{
         self, Kernel, KernelError, KernelState, PodSlot,
         lower::{LocalWorkload, Lowering},
@@ -83,6 +84,8 @@ pub struct Agent {
     pub again: watch::Sender<Option<Instant>>,
     /// What the last enforcement left for the next one; also keeps one at a time.
     pub enforcing: Mutex<Enforcing>,
+    /// Live connections from before their pods were enrolled.
+    pub earlier: Earlier,
     /// What is known of the kubelet.
     pub kubelet: Mutex<Found>,
     /// Why the kernel is not in line with the world; none when it is.
@@ -164,6 +167,7 @@ impl Agent {
         // Tunnels are tasks of the agent: those of the pod are counted to see when its connections have ended, and an
         // idle tunnel would never let that happen.
         let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
+        self.earlier.note(&self.kernel, slot);
         let places = Arc::new(Semaphore::new(self.pod_connections));
         Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool, places }
     }
@@ -240,6 +244,7 @@ impl Agent {
         // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
         // asks the policies themselves, and ends what is undecided for too long.
         swept.merge(self.direct.sweep(self, &world, &table));
+        swept.cut += self.earlier.sweep(self, &world, &table);
         if swept.cut > 0 {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");
         }

@@ -35,7 +35,9 @@ use crate::{
         enrolment::{Enrol, FromFeed},
     },
     connections::Connections,
-    direct, feed,
+    direct,
+    earlier::Earlier,
+    feed,
     kernel::{Kernel, KernelConfig},
     kubelet,
     pods::{
@@ -102,6 +104,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         pods: table.subscribe(),
         again: watch::Sender::new(None),
         enforcing: Mutex::default(),
+        earlier: Earlier::default(),
         kubelet: Mutex::default(),
         out_of_line: Mutex::default(),
         pod_connections: pod_connections(config.pod_connections)?,

@@ -87,7 +87,7 @@ pub struct Settings {
     #[arg(long, env = "UNDERMESH_POD_CONNECTIONS", default_value_t = 32768, value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub pod_connections: u32,
-    /// cgroup v2 directory of the kubelet's unit: its probes reach the ports that pods declare for them, also where
+    /// cgroup v2 directory of the kubelet's unit, absolute or below the root of cgroup v2: its probes reach the ports that pods declare for them, also where
     /// mTLS is required. Looked for among the usual units of systemd if absent.
     #[arg(long, env = "UNDERMESH_KUBELET_CGROUP", value_name = "DIR")]
     pub kubelet_cgroup: Option<PathBuf>,

@@ -32,6 +32,7 @@ use mesh_ebpf_common::{
 };
 use parking_lot::Mutex;
 
+pub use destroy::TcpSocket;
 pub use events::Events;
 pub use pins::{CleanWhat, clean};
 pub use probe::{FWMARK_ACCEPT, SOCK_DESTROY};
@@ -98,8 +99,6 @@ impl Kernel {
             config.next_pod = config.next_pod.max(1);
             config.next_service = config.next_service.max(1);
             config.pod_flows = pod_flows;
-            // Told again by whoever knows the kubelet.
-            (config.node_netns, config.kubelet) = (0, 0);
         })?;
         let can_destroy = report.has(SOCK_DESTROY);
         let held = Mutex::new(sync::Held::read(&maps)?);
@@ -190,6 +189,26 @@ impl Kernel {
     /// When the kernel refuses.
     pub fn destroy(&self, flow: &DirectFlow) -> Result<bool, KernelError> {
         pods::end(&self.inner.pods.lock(), flow)
+    }
+
+    /// Connections of a pod that the programs have never seen: open since before the pod was captured. Calls to oneself
+    /// are left out.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unseen(&self, pod: PodSlot) -> Result<Vec<Unseen>, KernelError> {
+        self.inner.unseen(pod)
+    }
+
+    /// Ends one of them at once. False when it had ended already.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn end_unseen(&self, pod: PodSlot, unseen: &Unseen) -> Result<bool, KernelError> {
+        let Unseen { local, remote, cookie, .. } = *unseen;
+        let served = self.inner.pods.lock();
+        let Some(diag) = served.get(&pod.netns) else { return Ok(false) };
+        diag.end(local, remote, cookie).map_err(KernelError::io(format!("end {local} - {remote}")))
     }
 
     /// Counters by reason, since the maps were made, and the fill of the maps.

@@ -57,7 +57,7 @@ impl Default for Found {
 /// Looks for the unit: the given directory, else the first of the usual ones.
 pub fn find(given: Option<&Path>, root: &Path) -> Found {
     let places = given
-        .map_or_else(|| UNITS.iter().map(|unit| root.join(unit)).collect(), |given| vec![given.to_owned()]);
+        .map_or_else(|| UNITS.iter().map(|unit| root.join(unit)).collect(), |given| vec![root.join(given)]);
     for place in &places {
         match fs::metadata(place) {
             Ok(found) if found.is_dir() => {
@@ -71,7 +71,7 @@ pub fn find(given: Option<&Path>, root: &Path) -> Found {
         }
     }
     let why = match given {
-        Some(given) => format!("there is no cgroup {}", given.display()),
+        Some(given) => format!("there is no cgroup {}", root.join(given).display()),
         None => {
             "no unit of a kubelet is known: pass --kubelet-cgroup, or its probes are plaintext".to_owned()
         }
@@ -86,7 +86,9 @@ pub async fn follow(agent: Arc<Agent>, given: Option<PathBuf>, root: PathBuf, dr
     let node_netns = match node_netns {
         Ok(cookie) => cookie,
         Err(error) => {
-            return tracing::warn!(%error, "the node's network namespace is not known; probes are plaintext");
+            tracing::warn!(%error, "the node's network namespace is not known; probes are plaintext");
+            let _ = agent.kernel.set_kubelet(None);
+            return;
         }
     };
     let mut look = tokio::time::interval(LOOK);
@@ -130,6 +132,7 @@ mod tests {
         let own = root.path().join("own");
         assert!(find(Some(&own), root.path()).why.contains("there is no cgroup"));
         fs::create_dir(&own).unwrap();
-        assert_eq!(find(Some(&own), root.path()).cgroup, Some(own));
+        assert_eq!(find(Some(&own), root.path()).cgroup, Some(own.clone()));
+        assert_eq!(find(Some(Path::new("own")), root.path()).cgroup, Some(own));
     }
 }

@@ -9,6 +9,7 @@ pub mod cni;
 pub mod config;
 pub mod connections;
 pub mod direct;
+pub mod earlier;
 pub mod feed;
 pub mod inbound;
 pub mod kernel;

@@ -140,7 +140,10 @@ where
             async move {
                 let Some(pod) = pod else { return };
                 let peer = socket::canonical(peer);
-                match pod.place() {
+                // A carrier of tunnels takes no place, only its streams do: peers that have proven nothing yet would
+                // take them all. Their handshakes have a bound of their own.
+                let place = if port == HBONE_PORT { Ok(None) } else { pod.place().map(Some) };
+                match place {
                     Ok(_place) => serve(Site { agent, pod: pod.clone() }, stream, peer).await,
                     Err(failure) => report::turn_away(&agent.metrics, side, &stream, peer, failure),
                 }

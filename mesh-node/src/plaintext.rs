@@ -22,10 +22,7 @@ use crate::{
 pub async fn serve(at: &Site, mut client: TcpStream, from: SocketAddr) {
     let mut record = AccessRecord::open(Side::Inbound, Some(from));
     let outcome = carry(at, &mut client, from, &mut record).await;
-    if outcome.is_err() {
-        let _ = socket::reset_on_close(&client);
-    }
-    report::close(record, outcome);
+    report::conclude(&client, record, outcome);
 }
 
 async fn carry(

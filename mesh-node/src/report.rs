@@ -92,6 +92,15 @@ impl From<Cut> for Failure {
     }
 }
 
+/// Ends a connection that was served: its client believed to be connected, so a reset says where it never was, or is no
+/// longer.
+pub fn conclude(client: &TcpStream, record: AccessRecord, outcome: Result<(), Failure>) {
+    if outcome.is_err() {
+        let _ = socket::reset_on_close(client);
+    }
+    close(record, outcome);
+}
+
 /// Closes a record with how it went.
 pub fn close(mut record: AccessRecord, outcome: Result<(), Failure>) {
     match outcome {

@@ -9,6 +9,8 @@ mod bed;
 mod capture;
 #[path = "kernel/direct.rs"]
 mod direct;
+#[path = "kernel/earlier.rs"]
+mod earlier;
 #[path = "kernel/forgery.rs"]
 mod forgery;
 #[path = "kernel/kubelet.rs"]

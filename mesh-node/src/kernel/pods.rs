@@ -2,12 +2,13 @@
 //! moment is a pod captured without a listener, or served by the application without a decision.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, TcpListener},
     os::fd::{AsFd as _, AsRawFd as _},
 };
 
 use mesh_ebpf_common::{
+    is_agent_port,
     map::{
         FLOW_DIRECT, LocalPod, MAX_PODS, POD_CAPTURE, PodEntry, SLOT_HBONE, SLOT_OUTBOUND, SLOT_PLAINTEXT,
         SLOTS_PER_POD, Usage,
@@ -17,11 +18,11 @@ use mesh_ebpf_common::{
 
 use super::{
     Inner,
-    destroy::Diag,
+    destroy::{Diag, TcpSocket},
     direct, load,
     maps::fault,
     sys,
-    types::{DirectFlow, HeldPod, KernelError, PodIdentity, PodListeners, PodSlot, Release},
+    types::{DirectFlow, HeldPod, KernelError, PodIdentity, PodListeners, PodSlot, Release, Unseen},
 };
 
 /// The pods of this process, by the cookie of their namespace: what ends sockets there. It keeps the namespace alive
@@ -201,6 +202,44 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// See [`super::Kernel::unseen`].
+    pub fn unseen(&self, pod: PodSlot) -> Result<Vec<Unseen>, KernelError> {
+        // The list first: whatever of it was captured has its record by then.
+        let sockets = {
+            let served = self.pods.lock();
+            let Some(diag) = served.get(&pod.netns) else { return Ok(Vec::new()) };
+            diag.sockets().map_err(KernelError::io("list the sockets of a pod"))?
+        };
+        let (flows, own) = (self.maps.flows.entries()?, self.maps.own_flows.entries()?);
+        let recorded: BTreeSet<u64> =
+            flows.iter().chain(&own).flat_map(|(_, record)| [record.socket, record.server_socket]).collect();
+        let addresses: BTreeSet<Ip> = self
+            .maps
+            .local
+            .entries()?
+            .into_iter()
+            .filter_map(|(ip, local)| (local.netns == pod.netns).then_some(ip))
+            .collect();
+        let own = |ip: IpAddr| ip.is_loopback() || addresses.contains(&Ip::from(ip));
+        let listening: BTreeSet<u16> =
+            sockets.iter().filter(|socket| socket.listening).map(|socket| socket.local.port()).collect();
+        let unseen = |socket: &TcpSocket| {
+            !socket.listening
+                // The agent's sockets have other ends, or a record.
+                && own(socket.local.ip())
+                && !own(socket.remote.ip())
+                && !is_agent_port(socket.local.port())
+                && !recorded.contains(&socket.cookie)
+        };
+        let told = |socket: TcpSocket| Unseen {
+            local: socket.local,
+            remote: socket.remote,
+            cookie: socket.cookie,
+            accepted: listening.contains(&socket.local.port()),
+        };
+        Ok(sockets.into_iter().filter(unseen).map(told).collect())
     }
 
     pub fn held_pods(&self) -> Result<Vec<HeldPod>, KernelError> {

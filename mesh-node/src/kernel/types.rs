@@ -133,6 +133,19 @@ pub struct DirectFlow {
     pub server_socket: Option<u64>,
 }
 
+/// A connection of a pod that was open before the pod was captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Unseen {
+    /// The pod's end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// Cookie of the pod's socket.
+    pub cookie: u64,
+    /// The pod accepted it; otherwise it dialled.
+    pub accepted: bool,
+}
+
 /// What the maps should hold, apart from pods: the result of [`super::lower::lower`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelState {
