@@ -14,6 +14,7 @@ use k8s_openapi::{
 use serde::Serialize;
 
 pub mod cluster;
+pub mod definitions;
 pub mod document;
 pub mod file;
 pub mod kinds;

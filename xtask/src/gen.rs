@@ -1,4 +1,6 @@
-//! Generated files. `docs/flags.md` comes out of an example of mesh-core, because xtask uses nothing of ours.
+//! Generated files. What comes out of our crates is printed by examples of theirs, because xtask uses nothing of ours.
+
+mod gateway_api;
 
 use std::fs;
 
@@ -6,16 +8,31 @@ use anyhow::{Context as _, ensure};
 
 use crate::shell;
 
-const FLAGS: &str = "docs/flags.md";
+/// A generated file, and the package, example and arguments that print it.
+type Generated = (&'static str, &'static [&'static str]);
+
+const FILES: &[Generated] = &[
+    ("docs/flags.md", &["mesh-core", "flags"]),
+    (
+        "deploy/helm/undermesh/crds/security.istio.io_authorizationpolicies.yaml",
+        &["mesh-control", "definitions", "authorizationpolicies"],
+    ),
+    (
+        "deploy/helm/undermesh/crds/security.istio.io_peerauthentications.yaml",
+        &["mesh-control", "definitions", "peerauthentications"],
+    ),
+];
 
 /// Writes what is generated.
 ///
 /// # Errors
-/// When the generator fails or the file cannot be written.
+/// When a generator fails or a file cannot be written.
 pub fn write() -> anyhow::Result<()> {
-    fs::write(shell::root().join(FLAGS), flags()?).context(FLAGS)?;
-    println!("gen: wrote {FLAGS}");
-    Ok(())
+    for (file, generator) in FILES {
+        fs::write(shell::root().join(file), print(generator)?).context(*file)?;
+        println!("gen: wrote {file}");
+    }
+    gateway_api::write()
 }
 
 /// Compares what is there with what would be generated.
@@ -23,11 +40,17 @@ pub fn write() -> anyhow::Result<()> {
 /// # Errors
 /// When they differ.
 pub fn verify() -> anyhow::Result<()> {
-    let written = fs::read_to_string(shell::root().join(FLAGS)).context(FLAGS)?;
-    ensure!(written == flags()?, "{FLAGS} is not what mesh-core/src/flag.rs says: run `cargo xtask gen`");
-    Ok(())
+    for (file, generator) in FILES {
+        let written = fs::read_to_string(shell::root().join(file)).context(*file)?;
+        ensure!(written == print(generator)?, "{file} is not what its source says: run `cargo xtask gen`");
+    }
+    gateway_api::verify()
 }
 
-fn flags() -> anyhow::Result<String> {
-    shell::output(&mut shell::cargo(&["run", "--quiet", "--package", "mesh-core", "--example", "flags"]))
+fn print(generator: &[&str]) -> anyhow::Result<String> {
+    let [package, example, arguments @ ..] = generator else {
+        unreachable!("package and example are in the table")
+    };
+    let run = ["run", "--quiet", "--package", package, "--example", example, "--"];
+    shell::output(&mut shell::cargo(&[&run, arguments].concat()))
 }

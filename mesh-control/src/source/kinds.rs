@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 macro_rules! strict {
     ($($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* })*) => {
         $(
             $(#[$meta])*
-            #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+            #[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
             #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
             #[expect(missing_docs, reason = "fields are those of the API of the same name")]
             pub struct $name { $($(#[$field_meta])* pub $field: $type,)* }
