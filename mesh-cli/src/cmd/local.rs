@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{ErrorKind, Write as _},
+    io::ErrorKind,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
+use super::duration;
 use crate::local::{
     cgroup::Group,
     expand::Key,
@@ -21,6 +22,7 @@ use crate::local::{
     rpc,
     status::Status,
 };
+use crate::output::{Output, print};
 
 /// Between two looks at a mesh that is waited for.
 const LOOK: Duration = Duration::from_millis(150);
@@ -76,15 +78,6 @@ pub struct StatusArgs {
     /// How long to wait for everything to be in force; fails when it is not by then.
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     wait: Option<Duration>,
-}
-
-/// Forms of output.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-pub enum Output {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
 }
 
 /// Arguments of `exec`.
@@ -214,11 +207,7 @@ fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         Output::Table => status.table(),
         Output::Json => serde_json::to_string_pretty(&status)? + "\n",
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // `meshctl local status | head` is no failure.
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(error.into()),
-        _ => {}
-    }
+    print(&text)?;
     let failed = args.wait.is_some() && !status.in_force;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -308,28 +297,4 @@ pub fn program_path() -> anyhow::Result<String> {
     let users = std::env::var("PATH")
         .unwrap_or_else(|_| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
     Ok(format!("{}:{users}", beside.display()))
-}
-
-/// (pure) `30`, `30s` or `2m`.
-fn duration(text: &str) -> Result<Duration, String> {
-    let (number, unit) = match text.strip_suffix('m') {
-        Some(number) => (number, 60),
-        None => (text.strip_suffix('s').unwrap_or(text), 1),
-    };
-    let number: u64 = number.parse().map_err(|_| "a number of seconds, such as 30, 30s or 2m".to_owned())?;
-    number.checked_mul(unit).map(Duration::from_secs).ok_or_else(|| "too long".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_seconds_or_minutes() {
-        for (text, seconds) in
-            [("30", Some(30)), ("30s", Some(30)), ("2m", Some(120)), ("", None), ("2h", None)]
-        {
-            assert_eq!(duration(text).ok(), seconds.map(Duration::from_secs), "{text}");
-        }
-    }
 }

@@ -5,6 +5,7 @@ use std::{fmt::Write as _, net::IpAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::document::Problem;
+use crate::output::columns;
 
 /// A local mesh as it is now.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -208,26 +209,4 @@ impl Status {
         out += "Containers run programs of this machine: images are not pulled. UDP is not captured.\n";
         out
     }
-}
-
-/// Rows under a head, each column as wide as its widest cell.
-fn columns<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
-    let mut rows: Vec<[String; N]> = rows.collect();
-    if rows.is_empty() {
-        return String::new();
-    }
-    rows.insert(0, head.map(str::to_owned));
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    rows.iter().fold(String::new(), |mut out, row| {
-        let line: Vec<String> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        out += line.join("  ").trim_end();
-        out.push('\n');
-        out
-    })
 }
