@@ -14,7 +14,7 @@ use crate::{
     credentials::Callers,
     pipeline::Pipeline,
     publish::Published,
-    serve::proxies::Proxies,
+    serve::{proxies::Proxies, replicas::Others},
     source::{Problem, Severity},
     status,
 };
@@ -27,6 +27,8 @@ pub struct Admin {
     pub credentials: Arc<Callers>,
     /// What each proxy has.
     pub proxies: Arc<Proxies>,
+    /// What other replicas tell of theirs.
+    pub others: Option<Others>,
 }
 
 impl Handler for Admin {
@@ -53,7 +55,11 @@ impl Admin {
         let pipeline = self.pipeline.clone();
         // An edit made before this question must be in its answer.
         let rescanned = tokio::task::spawn_blocking(move || pipeline.rescan()).await.is_ok();
-        let mut told = status::status(&self.published(), &self.proxies.all(), rescanned);
+        let (published, mut known) = (self.published(), self.proxies.all());
+        if let Some(others) = &self.others {
+            known = others.with(&published, known);
+        }
+        let mut told = status::status(&published, &known, rescanned);
         told.problems.extend(self.credentials.faults(Instant::now()).into_iter().map(|reason| Problem {
             file: String::new(),
             line: 0,

@@ -128,10 +128,10 @@ impl App {
             }
         });
 
-        if let Some(cluster) = cluster {
-            cluster.lead(&pipeline, &proxies, authority.root().pem(), drain, tasks);
-        }
-        let handler = Arc::new(Admin { pipeline: pipeline.clone(), credentials, proxies: proxies.clone() });
+        let others =
+            cluster.map(|cluster| cluster.lead(&pipeline, &proxies, authority.root().pem(), drain, tasks));
+        let handler =
+            Arc::new(Admin { pipeline: pipeline.clone(), credentials, proxies: proxies.clone(), others });
         let socket = admin::bind(&settings.admin)?;
         tasks.spawn(admin::serve(socket, drain.watch(), tasks.clone(), handler.clone()));
         let public = [(settings.ready_listen, Public::Ready), (settings.metrics_listen, Public::Metrics)];

@@ -16,7 +16,10 @@ use crate::{
     leader::{Election, Say, Told},
     pipeline::Pipeline,
     provision,
-    serve::{proxies::Proxies, replicas},
+    serve::{
+        proxies::Proxies,
+        replicas::{self, Others},
+    },
     source::kubernetes::{Kubernetes, reason},
     write::{self, Writer},
 };
@@ -101,7 +104,7 @@ impl Leading {
         roots: &str,
         drain: &Drain,
         tasks: &TaskGroup,
-    ) {
+    ) -> Others {
         let Self { client, me, namespace, provisioning } = self;
         let election = Election::new(&client, &namespace, me.clone());
         match provisioning {
@@ -122,6 +125,7 @@ impl Leading {
             proxies: proxies.clone(),
             told: election.told(),
         };
+        let others = Others { told: election.told(), namespace: namespace.clone() };
         let leads = election.leads();
         tasks.spawn(write::run(writer, leads, drain.watch()));
         let (published, proxies) = (pipeline.subscribe(), proxies.clone());
@@ -132,5 +136,6 @@ impl Leading {
             Say { text, gone: gone.cloned().collect() }
         };
         tasks.spawn(election.run(say, drain.watch()));
+        others
     }
 }

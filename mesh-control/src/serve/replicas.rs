@@ -1,4 +1,4 @@
-//! (pure) What replicas tell each other of their proxies, and all of it put together.
+//! What replicas tell each other of their proxies, and all of it put together.
 //!
 //! A proxy that holds all that its replica publishes is told by the digest of that; a replica that publishes the same
 //! knows then what the proxy has. Anything less counts as nothing, so that nobody says more than is true.
@@ -10,6 +10,7 @@ use std::{
 
 use mesh_core::proto::TYPES;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::proxies::{Proxy, ResourceName};
 use crate::{credentials::Principal, leader::Told, publish::Published};
@@ -20,6 +21,23 @@ const MAX_TEXT_BYTES: usize = 60 << 10;
 const MAX_REJECTIONS: usize = 16;
 /// Longest reason that is told, characters.
 const MAX_REASON: usize = 200;
+
+/// The other replicas.
+#[derive(Clone)]
+pub struct Others {
+    /// What they tell.
+    pub told: watch::Receiver<Told>,
+    /// Where their pods are.
+    pub namespace: String,
+}
+
+impl Others {
+    /// The proxies of all replicas; `own` are ours.
+    pub fn with(&self, published: &Published, own: BTreeMap<Principal, Proxy>) -> BTreeMap<Principal, Proxy> {
+        let told = self.told.borrow().clone();
+        merge(published, own, &told, |replica| crate::write::alive(published, &self.namespace, replica))
+    }
+}
 
 /// One proxy.
 #[derive(Debug, Default, Serialize, Deserialize)]
