@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::proto::TYPE_WAYPOINT;
+use mesh_core::proto::{TYPE_AUTHORIZATION, TYPE_WAYPOINT};
 use serde::Serialize;
 
 use crate::{
@@ -252,9 +252,11 @@ fn held(
 ) -> Held {
     let (mut needed, mut held) = (0, 0);
     for id in expected {
-        let sees = |type_url: &str, name: &Arc<str>| {
-            type_url != TYPE_WAYPOINT
-                || published.visible(id, type_url).any(|resource| resource.name == *name)
+        // A waypoint enforces its own configuration and asks for no policy; an agent sees no waypoint's.
+        let sees = |type_url: &str, name: &Arc<str>| match (type_url, id) {
+            (TYPE_AUTHORIZATION, Principal::Pod { .. }) => false,
+            (TYPE_WAYPOINT, _) => published.visible(id, type_url).any(|resource| resource.name == *name),
+            _ => true,
         };
         let mine: Vec<_> = resources.iter().filter(|(type_url, name)| sees(type_url, name)).collect();
         if mine.is_empty() {
@@ -343,6 +345,18 @@ mod tests {
         assert_eq!(got.why, ["node:n1 is not connected", "node:n2 is not connected"]);
         let route = &got.objects["HTTPRoute shop/r"].conditions[0];
         assert_eq!((route.status, route.reason.as_str()), ("False", "NoMatchingParent"));
+    }
+
+    #[test]
+    fn a_policy_needs_the_agents_and_no_waypoint() {
+        let published = published();
+        let expected = BTreeSet::from([
+            Principal::Node("n1".into()),
+            Principal::Pod { namespace: "shop".into(), name: "gw-1".into() },
+        ]);
+        let resources = BTreeSet::from([(TYPE_AUTHORIZATION, Arc::from("shop/p"))]);
+        let told = held(&published, &BTreeMap::new(), &expected, &resources).to_string();
+        assert_eq!(told, "in force on 0 of 1 proxies");
     }
 
     #[test]
