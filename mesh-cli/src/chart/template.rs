@@ -1,6 +1,5 @@
 //! Helm's template language, as much of it as our chart uses. A subset, so that there is one source of the manifests
-//! and meshctl needs no Helm; whatever is outside of it is an error with its line, and a test compares the outcome with
-//! Helm's own.
+//! and meshctl needs no Helm; whatever is outside of it is an error with its line.
 //!
 //! ```text
 //! {{ PIPELINE }}   {{ if PIPELINE }} … {{ else }} … {{ end }}      a dash inside the braces trims white space
