@@ -103,6 +103,7 @@ values! {
         cni_bin_dir: String,
         cni_conf_dir: String,
         cni_records_dir: String,
+        kubelet_cgroup: String,
         max_unavailable: Value,
         resources: Resources,
         node_selector: BTreeMap<String, String>,
