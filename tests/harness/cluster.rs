@@ -35,6 +35,7 @@ pub struct Cluster {
 
 struct Own {
     name: String,
+    index: u8,
     xtask: PathBuf,
     machines: Vec<Machine>,
 }
@@ -48,6 +49,7 @@ struct Machine {
 
 #[derive(Deserialize)]
 struct State {
+    index: u8,
     machines: Vec<Machine>,
 }
 
@@ -95,7 +97,8 @@ impl Cluster {
             (Some(name), Some(state), Some(xtask)) => {
                 let state: State =
                     serde_json::from_slice(&fs::read(state)?).context("the cluster's state")?;
-                Some(Own { name: name.to_string_lossy().into_owned(), xtask, machines: state.machines })
+                let (index, machines) = (state.index, state.machines);
+                Some(Own { name: name.to_string_lossy().into_owned(), index, xtask, machines })
             }
             _ => None,
         };
@@ -105,6 +108,12 @@ impl Cluster {
     /// Whether the machine under the cluster is this one.
     pub fn is_own(&self) -> bool {
         self.own.is_some()
+    }
+
+    /// The cgroup of each kubelet, as the mesh is to be told: on a cluster of ours it is no systemd unit.
+    pub fn kubelet_cgroup(&self) -> Option<String> {
+        let own = self.own.as_ref()?;
+        Some(format!("undermesh-cluster{}/$(UNDERMESH_NODE)/kubelet", own.index))
     }
 
     /// kubectl, with these arguments.
@@ -289,7 +298,8 @@ impl Cluster {
         })
     }
 
-    /// Captures all that any interface of a node sees.
+    /// Captures all that any interface of a machine sees. On `control` that is what goes between the machines, and its own
+    /// business; on a node, what goes between its pods as well.
     ///
     /// # Errors
     /// When the cluster is not ours.

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use mesh_tests::{Suite, cluster::Cluster};
 
 fn main() -> ExitCode {
-    let mut suite = Suite::over(up);
+    let mut suite = Suite::over(Cluster::from_env);
     // In this order: each leaves the cluster as the next one takes it.
     suite.case("bookinfo_runs_without_the_mesh", story::without_the_mesh);
     suite.case("install_makes_every_node_ready", install::install);
@@ -32,11 +32,4 @@ fn main() -> ExitCode {
     suite.case("the_control_plane_may_be_away", faults::control_plane);
     suite.case("uninstall_leaves_nothing", install::uninstall);
     suite.run()
-}
-
-fn up() -> anyhow::Result<Cluster> {
-    let cluster = Cluster::from_env()?;
-    // What an earlier run left, when it was kept.
-    cluster.delete_namespaces(&[story::BOOKINFO, story::OUTSIDE, paths::NAMESPACE, start::NAMESPACE])?;
-    Ok(cluster)
 }

@@ -13,7 +13,7 @@ use clap::Args;
 use crate::{
     ebpf,
     oci::{Content, Image},
-    shell,
+    shell, test,
 };
 
 /// Which images to build.
@@ -124,14 +124,8 @@ fn compile(recipes: &[&Recipe], profile: &str) -> anyhow::Result<PathBuf> {
     if recipes.iter().any(|recipe| recipe.name == "node") {
         ebpf::build(&ebpf::Options::default())?;
     }
-    let mut build = shell::cargo(&["build", "--locked", "--profile", profile]);
-    for recipe in recipes {
-        build.args(["--package", recipe.package]);
-        for program in recipe.programs {
-            build.args(["--bin", program]);
-        }
-    }
-    shell::run(&mut build).context("build the programs")?;
+    // All of them at once, as the suites do: another selection would compile the dependencies with other features.
+    test::build_programs(&["--profile", profile])?;
     for recipe in recipes {
         for program in recipe.static_programs {
             // Only this program is linked so; its dependencies are those of the others.
