@@ -26,6 +26,13 @@ spec:
   - to: [{operation: {ports: ['8080']}}]
 ";
 
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: mesh}
+spec: {mtls: {mode: STRICT}}
+";
+
 struct Fixture {
     world: World,
     _servers: Vec<Server>,
@@ -63,6 +70,7 @@ fn main() -> ExitCode {
     suite.case("without_the_control_plane_everything_permitted_goes_on", control_killed);
     suite.case("a_policy_file_that_breaks_goes_on_denying_also_after_a_restart", broken_file);
     suite.case("leaving_the_mesh_keeps_direct_connections", leaving);
+    suite.case("what_was_open_before_enrolment_goes_on_until_strict_applies", earlier);
     suite.case("a_deleted_pod_ends_its_connections", deleted);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
@@ -199,6 +207,46 @@ fn leaving(fixture: &Fixture) -> anyhow::Result<()> {
     );
     fixture.open(&fixture.client, &fixture.far, Family::V4)?;
     Ok(())
+}
+
+fn earlier(fixture: &Fixture) -> anyhow::Result<()> {
+    let world = &fixture.world;
+    let enrolled = two_nodes(PODS, PORT);
+    let before = enrolled.replace(ENROLLED, "");
+    world.apply(&[("policy.yaml", ""), ("mesh.yaml", &before)])?;
+    let mut open = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        open.push(fixture.open(&fixture.outsider, &fixture.near, family)?);
+        open.push(fixture.open(&fixture.client, &fixture.far, family)?);
+        open.push(fixture.open(&fixture.client, &fixture.near, family)?);
+    }
+    world.apply(&[("mesh.yaml", &enrolled)])?;
+    for stream in &mut open {
+        ping(stream, b"as before")?;
+    }
+    let listed = |node: &str| -> anyhow::Result<Vec<_>> {
+        let all = world.connections(node)?;
+        Ok(all.into_iter().filter(|one| one.path.as_deref() == Some("earlier")).collect())
+    };
+    // n1: two of the outsider, four of the client, and the two of those that arrive at `near`.
+    let (on_n1, on_n2) = (listed("n1")?, listed("n2")?);
+    ensure!((on_n1.len(), on_n2.len()) == (8, 2), "listed: {on_n1:?}, {on_n2:?}");
+    for stream in &open {
+        let source = stream.local_addr()?;
+        ensure!(on_n1.iter().any(|one| one.src.addr == source), "{source} is not listed");
+    }
+    let pods = world.admin("n1", "/pods")?;
+    let near = pods.as_array().context("pods")?.iter().find(|pod| pod["name"] == "near").context("near")?;
+    ensure!(near["earlier_connections"] == 4, "counted: {near}");
+    world.apply(&[("strict.yaml", STRICT)])?;
+    for stream in &mut open {
+        ensure!(ended(stream), "{:?} outlived STRICT", stream.local_addr());
+    }
+    world.apply(&[("strict.yaml", "")])?;
+    fixture.open(&fixture.outsider, &fixture.near, Family::V4)?;
+    wait::until_true("nothing of before to be listed", || {
+        listed("n1").is_ok_and(|all| all.is_empty()) && listed("n2").is_ok_and(|all| all.is_empty())
+    })
 }
 
 fn deleted(fixture: &Fixture) -> anyhow::Result<()> {

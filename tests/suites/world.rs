@@ -196,6 +196,8 @@ fn main() -> ExitCode {
         });
     }
     suite.case("out_of_the_mesh_is_passed_through", passthrough);
+    suite.case("a_service_is_one_at_all_its_addresses", fronts);
+    suite.case("a_service_without_endpoints_in_the_mesh_stays_the_node_s_proxy_s", left_alone);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
@@ -210,6 +212,81 @@ fn passthrough(fixture: &Fixture) -> anyhow::Result<()> {
         ensure!(seen.ip() == family.of(&fixture.client.ips)?, "the server saw {seen}");
         let listed = fixture.world.connection_from("n1", stream.local_addr()?)?;
         ensure!(listed.path.as_deref() == Some("passthrough"), "went by {:?}", listed.path);
+    }
+    Ok(())
+}
+
+/// A service by the name of its pods, with a node port and external addresses.
+fn outside(name: &str, number: u8) -> String {
+    format!(
+        "
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: out-{name}, namespace: mesh}}
+spec:
+  type: NodePort
+  selector: {{app: {name}}}
+  ipFamilyPolicy: PreferDualStack
+  externalIPs: [198.51.100.{number}, '2001:db8:7::{number}']
+  ports:
+  - {{name: tcp, port: 80, targetPort: {PORT}, nodePort: 3008{number}}}
+"
+    )
+}
+
+/// Node ports and external IPs are addresses of the service: direct where its VIP is direct, tunnelled where that is,
+/// and under the same policy.
+fn fronts(fixture: &Fixture) -> anyhow::Result<()> {
+    let addresses = "{type: InternalIP, address: 192.0.2.9}, {type: InternalIP, address: '2001:db8::9'}";
+    let node = format!(
+        "{{apiVersion: v1, kind: Node, metadata: {{name: n3}}, status: {{addresses: [{addresses}]}}}}\n"
+    );
+    let text = node + &outside("near", 1) + &outside("far", 2);
+    fixture.world.apply(&[("policy.yaml", ""), ("outside.yaml", &text)])?;
+    let reached = || -> anyhow::Result<usize> {
+        let mut reached = 0;
+        for (number, to, path) in [(1, &fixture.near, "direct"), (2, &fixture.far, "tunnel")] {
+            for address in [
+                format!("198.51.100.{number}:80"),
+                format!("[2001:db8:7::{number}]:80"),
+                format!("192.0.2.9:3008{number}"),
+                format!("[2001:db8::9]:3008{number}"),
+            ] {
+                let Outcome::Greeted { seen, mut stream } = talk(&fixture.client, address.parse()?) else {
+                    continue;
+                };
+                ping(&mut stream, b"the connection is live")?;
+                ensure!(fixture.client.ips.contains(&seen.ip()), "{address}: the server saw {seen}");
+                ensure!(stream.peer_addr()? == address.parse()?, "{address}: the client sees another peer");
+                let listed = fixture.world.connection_from("n1", stream.local_addr()?)?;
+                ensure!(listed.path.as_deref() == Some(path), "{address} went by {:?}", listed.path);
+                ensure!(to.ips.contains(&listed.dst.addr.ip()), "{address} led to {}", listed.dst.addr);
+                reached += 1;
+            }
+        }
+        Ok(reached)
+    };
+    let all = reached()?;
+    ensure!(all == 8, "{all} of 8 addresses lead to the service");
+    fixture.world.apply(&[("policy.yaml", Policy::Deny.yaml())])?;
+    let denied = reached()?;
+    ensure!(denied == 0, "{denied} addresses get round a policy");
+    fixture.world.apply(&[("policy.yaml", ""), ("outside.yaml", "")])?;
+    Ok(())
+}
+
+/// The stand-in for kube-proxy gets what was dialled, and serves it with the node's address.
+fn left_alone(fixture: &Fixture) -> anyhow::Result<()> {
+    fixture.world.apply(&[("policy.yaml", "")])?;
+    for family in [Family::V4, Family::V6] {
+        let vip = SocketAddr::new(fixture.world.vip("plain/outsider", family)?, PORT);
+        let Outcome::Greeted { stream, .. } = talk(&fixture.client, vip) else {
+            anyhow::bail!("{family:?}: refused");
+        };
+        let listed = fixture.world.connection_from("n1", stream.local_addr()?)?;
+        ensure!(listed.path.as_deref() == Some("passthrough"), "went by {:?}", listed.path);
+        ensure!(listed.dst.addr == vip, "the agent chose {} for {vip}", listed.dst.addr);
     }
     Ok(())
 }

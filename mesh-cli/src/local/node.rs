@@ -43,8 +43,15 @@ impl Ground {
     pub fn daemon(&self, name: &str, holder: u32, command: Vec<String>) -> Program {
         let group = self.group.child("mesh");
         let mut env = BTreeMap::from([("PATH".to_owned(), self.path.clone())]);
-        // How much the mesh's own processes say, and how long certificates live, is chosen where it is started.
-        for name in ["RUST_LOG", "RUST_BACKTRACE", "UNDERMESH_LOG", "UNDERMESH_MAX_CERTIFICATE_TTL"] {
+        // How much the mesh's own processes say, how long certificates live, and what bounds a pod, is chosen where it is
+        // started.
+        for name in [
+            "RUST_LOG",
+            "RUST_BACKTRACE",
+            "UNDERMESH_LOG",
+            "UNDERMESH_MAX_CERTIFICATE_TTL",
+            "UNDERMESH_POD_CONNECTIONS",
+        ] {
             env.extend(std::env::var(name).map(|value| (name.to_owned(), value)));
         }
         Program {
