@@ -160,9 +160,9 @@ pub async fn serve(
     };
     match outcome {
         Ok(Outcome::Exchanged(exchanged)) => respond(cx, *exchanged, record, judge, http2),
-        Ok(Outcome::Redirect(to)) => match filters::redirect::answer(&to, record) {
-            Ok(response) => response,
-            Err((why, record)) => reply(BAD_REWRITE, &why.to_string(), record, http2),
+        Ok(Outcome::Redirect(to)) => match filters::redirect::answer(&to, &mut record) {
+            Ok(head) => head.map(|()| ResponseBody::local("", record)),
+            Err(why) => reply(BAD_REWRITE, &why.to_string(), record, http2),
         },
         Err((answer, why)) => reply(answer, &why, record, http2),
     }

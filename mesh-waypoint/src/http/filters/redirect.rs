@@ -3,20 +3,19 @@
 use http::{HeaderValue, Response, StatusCode, header};
 
 use crate::{
-    http::body::ResponseBody,
     record::Record,
     view::{Redirected, Unroutable},
 };
 
-/// Answers with the redirect.
+/// The head of the answer, told to `record`.
 ///
 /// # Errors
-/// [`Unroutable::NoBackend`] and the record when the location would not be one.
-pub fn answer(to: &Redirected, mut record: Record) -> Result<Response<ResponseBody>, (Unroutable, Record)> {
+/// [`Unroutable::NoBackend`] when the location would not be one.
+pub fn answer(to: &Redirected, record: &mut Record) -> Result<Response<()>, Unroutable> {
     let location = HeaderValue::try_from(to.location.as_str());
     let status = StatusCode::from_u16(to.status);
     let (Ok(location), Ok(status)) = (location, status) else {
-        return Err((Unroutable::NoBackend("the redirect has no valid location".into()), record));
+        return Err(Unroutable::NoBackend("the redirect has no valid location".into()));
     };
     let mut response = Response::new(());
     *response.status_mut() = status;
@@ -26,5 +25,5 @@ pub fn answer(to: &Redirected, mut record: Record) -> Result<Response<ResponseBo
     }
     record.details = "direct_response";
     record.answered(status, response.headers());
-    Ok(response.map(|()| ResponseBody::local("", record)))
+    Ok(response)
 }
