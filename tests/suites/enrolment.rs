@@ -3,6 +3,8 @@
 //!
 //! Real plugin, agent and control plane; the container runtime is played by the test.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests panic like the tests themselves")]
+
 #[path = "enrolment/bed.rs"]
 mod bed;
 #[path = "enrolment/follow.rs"]
