@@ -160,6 +160,19 @@ pub fn state_file(name: &str) -> PathBuf {
     state::folder(name).join("state.json")
 }
 
+/// The credentials of a cluster of ours.
+pub fn kubeconfig(name: &str) -> PathBuf {
+    state::kubeconfig(name)
+}
+
+/// The cgroup of each kubelet, as agents are to be told: it is no systemd unit.
+///
+/// # Errors
+/// When the cluster is not up.
+pub fn kubelet_cgroup(name: &str) -> anyhow::Result<String> {
+    Ok(format!("{}/$(UNDERMESH_NODE)/kubelet", State::running(name)?.plan().cgroup()))
+}
+
 /// The binary that is kubectl when its first argument says so.
 ///
 /// # Errors

@@ -14,6 +14,7 @@ use clap::Args;
 use crate::{
     cluster,
     go::{self, Module, Program},
+    image,
     oci::{Content, Image},
     shell,
 };
@@ -99,6 +100,8 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     if options.without_mesh {
         apply_crds(&kubeconfig.file)?;
+    } else if kubeconfig.is_own {
+        install(options)?;
     }
 
     let folder = shell::target_dir().join("conformance");
@@ -134,6 +137,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         println!("conformance: the report is {}", report.display());
     }
     ran.context("the suite")
+}
+
+/// Installs the mesh of this checkout on a cluster of ours; on another one it is there.
+fn install(options: &Options) -> anyhow::Result<()> {
+    cluster::load(&options.name, &image::build(&[], "dev")?)?;
+    let mut meshctl = shell::command(shell::target_dir().join("debug/meshctl"));
+    meshctl.arg("install").env("KUBECONFIG", cluster::kubeconfig(&options.name));
+    meshctl.arg("--set").arg(format!("node.kubeletCgroup={}", cluster::kubelet_cgroup(&options.name)?));
+    shell::run(&mut meshctl)
 }
 
 /// Runs the suite: all that it says goes to a file, and how each test ended to the reader.
