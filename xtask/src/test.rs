@@ -104,7 +104,7 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
     let net = || worlds.iter().cloned().map(Suite::World);
     let mut chosen = BTreeSet::new();
     if names.is_empty() {
-        // Not `cluster`: it has not passed as a whole yet, and whoever asks for it knows what it starts.
+        // Not `cluster`: the first time it builds Kubernetes, and whoever asks for it knows what it starts.
         chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels]);
         chosen.extend(net());
     }
