@@ -58,9 +58,4 @@ impl Outgoing {
             *self = Self::default();
         }
     }
-
-    /// Memory held, bytes.
-    pub fn held(&self) -> usize {
-        self.buffer.capacity()
-    }
 }

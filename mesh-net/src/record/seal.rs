@@ -97,11 +97,6 @@ impl Sealer {
         }
     }
 
-    /// Nothing more can be sent.
-    pub fn is_closed(&self) -> bool {
-        self.closed
-    }
-
     fn begin(&mut self, out: &mut Outgoing) -> Result<(), RecordError> {
         if self.closed {
             return Err(RecordError::Exhausted);

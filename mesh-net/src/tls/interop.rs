@@ -340,3 +340,55 @@ fn what_is_not_protected_is_refused() {
         assert!(outcome.is_err(), "{why}: {outcome:?}");
     }
 }
+
+/// A peer that asks for new keys between its bytes and reads nothing: what we owe it stays one answer.
+#[test]
+fn wishes_for_keys_that_are_not_read_do_not_pile_up() {
+    block_on(async {
+        let ca = MiniCa::new();
+        let (web, cart) = (ca.certificate(&id("web")), ca.certificate(&id("cart")));
+        // Their direction has room; ours ends after a few bytes.
+        let (a, b) = duplex(4 << 10);
+        let tls = cart.server_tls();
+        let (client, server) = tokio::join!(web.client_tls().connect(a, vec![id("cart")]), tls.accept(b));
+        let (mut io, mut sealer, _, _) = client.unwrap().0.into_parts();
+        let mut server = server.unwrap().0;
+        let mut full = 0;
+        let mut byte = [0; 1];
+        for _ in 0..1000 {
+            let mut out = Outgoing::default();
+            sealer.update_key(true, &mut out).unwrap();
+            sealer.seal(&[b"x"], &mut out).unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut io, out.pending()).await.unwrap();
+            server.read_exact(&mut byte).await.unwrap();
+            full = full.max(server.waiting());
+        }
+        assert!(full > 0, "the answers were all taken: the test shows nothing");
+        assert!(full < 100, "{full} bytes of answers wait");
+    });
+}
+
+/// A stream that broke stays broken: what follows a record that was changed is not read.
+#[test]
+fn nothing_is_read_after_a_record_that_was_changed() {
+    block_on(async {
+        let ca = MiniCa::new();
+        let (web, cart) = (ca.certificate(&id("web")), ca.certificate(&id("cart")));
+        let (a, b) = duplex(64 << 10);
+        let tls = cart.server_tls();
+        let (client, server) = tokio::join!(web.client_tls().connect(a, vec![id("cart")]), tls.accept(b));
+        let (mut io, mut sealer, _, _) = client.unwrap().0.into_parts();
+        let mut server = server.unwrap().0;
+        let mut out = Outgoing::default();
+        sealer.seal(&[b"one"], &mut out).unwrap();
+        let mut first = out.pending().to_vec();
+        *first.last_mut().unwrap() ^= 1;
+        out.consume(out.len());
+        sealer.seal(&[b"two"], &mut out).unwrap();
+        first.extend_from_slice(out.pending());
+        tokio::io::AsyncWriteExt::write_all(&mut io, &first).await.unwrap();
+        let mut got = [0; 3];
+        assert!(server.read(&mut got).await.is_err());
+        assert!(server.read(&mut got).await.is_err(), "{got:?}");
+    });
+}

@@ -29,6 +29,10 @@ pub struct TlsStream<T> {
     /// Nothing was sent since the reader last ran dry.
     quiet: bool,
     ended: bool,
+    /// Why nothing more is read.
+    broken: Option<RecordError>,
+    /// The peer's wish for a new key was answered, and the answer still waits.
+    rekeyed: bool,
 }
 
 impl<T> std::fmt::Debug for TlsStream<T> {
@@ -50,12 +54,21 @@ impl<T> TlsStream<T> {
             want: RECORD_BYTES,
             quiet: true,
             ended: false,
+            broken: None,
+            rekeyed: false,
         }
     }
 
-    /// For who makes and takes records by itself; what came along with the handshake is still sealed.
-    pub fn into_parts(self) -> (T, Sealer, Opener, BytesMut) {
+    /// For tests that make and take records by themselves; what came along with the handshake is still sealed.
+    #[cfg(test)]
+    pub(super) fn into_parts(self) -> (T, Sealer, Opener, BytesMut) {
         (self.io, self.sealer, self.opener, self.incoming)
+    }
+
+    /// What waits for the socket, bytes.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.outgoing.len()
     }
 
     /// The transport.
@@ -74,12 +87,19 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
             if self.ended {
                 return Poll::Ready(Ok(Bytes::new()));
             }
+            if let Some(error) = &self.broken {
+                return Poll::Ready(Err(error.clone().into()));
+            }
             match self.opener.open(&mut self.incoming) {
                 Ok(Opened::Data(plain)) => self.plain = plain,
                 Ok(Opened::Nothing) => {}
                 Ok(Opened::Closed) => self.ended = true,
+                // One answer stands for all wishes until it is out (RFC 8446 4.6.3): a peer that asks and does not read
+                // must not fill our memory.
+                Ok(Opened::KeyAsked) if self.rekeyed => {}
                 Ok(Opened::KeyAsked) => {
                     self.sealer.update_key(false, &mut self.outgoing)?;
+                    self.rekeyed = true;
                     // It goes out now if it can, else with the next bytes.
                     let _ = self.poll_drain(cx)?;
                 }
@@ -122,6 +142,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
         self.sealer.abort(&error, &mut self.outgoing);
         let _ = self.poll_drain(cx);
         let _ = Pin::new(&mut self.io).poll_flush(cx);
+        self.broken = Some(error.clone());
         error.into()
     }
 
@@ -132,6 +153,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 size => self.outgoing.consume(size),
             }
         }
+        self.rekeyed = false;
         Poll::Ready(Ok(()))
     }
 
