@@ -77,9 +77,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let started = Instant::now();
     ebpf::build(&ebpf::Options::default())?;
     if wanted.iter().any(|suite| matches!(suite, Suite::World(_) | Suite::Kernels | Suite::Cluster)) {
-        build_programs(&[])?;
         raise_limits();
     }
+    build()?;
     let mut totals = Totals::default();
     for suite in &wanted {
         totals += match suite {
@@ -126,18 +126,41 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
 
 /// The suites in network namespaces: test targets of the package.
 fn world_suites() -> anyhow::Result<Vec<String>> {
+    let mut suites = test_targets(|package| package == SUITES)?;
+    suites.retain(|suite| suite != CLUSTER);
+    Ok(suites)
+}
+
+/// Names of the test targets of the packages that are wanted.
+fn test_targets(wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<String>> {
     let metadata = cargo_metadata::MetadataCommand::new()
         .manifest_path(shell::root().join("Cargo.toml"))
         .no_deps()
         .exec()
         .context("cargo metadata")?;
-    let package = metadata.packages.iter().find(|package| package.name == SUITES);
-    let targets = package.map(|package| package.targets.as_slice()).unwrap_or_default();
-    let suites = targets.iter().filter(|target| target.is_test() && target.name != CLUSTER);
-    Ok(suites.map(|target| target.name.clone()).collect())
+    let packages = metadata.packages.iter().filter(|package| wanted(&package.name));
+    let targets = packages.flat_map(|package| &package.targets).filter(|target| target.is_test());
+    Ok(targets.map(|target| target.name.clone()).collect())
 }
 
-/// Builds the programs that a local mesh consists of.
+/// Every build of tests selects this, and so do all that run them: with another selection cargo unites the features of
+/// other packages, and compiles most dependencies once more for it.
+pub const SELECTION: &[&str] = &["--workspace", "--exclude", "mesh-ebpf"];
+
+/// Builds all tests, and the programs that they run.
+fn build() -> anyhow::Result<()> {
+    let mut build = shell::cargo(&["build", "--bins", "--tests"]);
+    shell::run(build.args(SELECTION)).context("build the tests and the programs of the mesh")
+}
+
+/// `cargo test` of what [`build`] built.
+pub fn cargo_test(arguments: &[&str]) -> Command {
+    let mut cargo = shell::cargo(&["test"]);
+    cargo.args(SELECTION).args(arguments);
+    cargo
+}
+
+/// Builds the programs that a local mesh consists of, and nothing else.
 ///
 /// # Errors
 /// When one does not build.
@@ -165,20 +188,17 @@ pub fn raise_limits() {
 
 fn unit(filter: Option<&str>) -> anyhow::Result<Totals> {
     println!("test: unit");
-    let mut cargo = shell::cargo(&["test", "--workspace", "--no-fail-fast", "--exclude", "mesh-ebpf"]);
-    cargo.args(["--exclude", SUITES]);
+    let mut cargo = cargo_test(&["--no-fail-fast", "--lib", "--bins"]);
+    for target in test_targets(|package| package != SUITES)? {
+        cargo.args(["--test", &target]);
+    }
     with_arguments(&mut cargo, UNIT_THREADS, filter);
-    let mut totals = counted(&mut cargo)?;
-    // The harness itself, without the suites.
-    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--lib"]);
-    with_arguments(&mut cargo, UNIT_THREADS, filter);
-    totals += counted(&mut cargo)?;
-    Ok(totals)
+    counted(&mut cargo)
 }
 
 fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
     println!("test: {name}");
-    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--test", name]);
+    let mut cargo = cargo_test(&["--test", name]);
     with_arguments(&mut cargo, 1, filter);
     counted(&mut cargo)
 }
@@ -197,7 +217,7 @@ fn cluster(options: &Options) -> anyhow::Result<Totals> {
 }
 
 fn prepared(kubeconfig: &cluster::Kubeconfig, options: &Options, began: Instant) -> anyhow::Result<Totals> {
-    let mut cargo = shell::cargo(&["test", "--package", SUITES, "--test", CLUSTER]);
+    let mut cargo = cargo_test(&["--test", CLUSTER]);
     with_arguments(&mut cargo, 1, options.filter.as_deref());
     cargo.env("KUBECONFIG", &kubeconfig.file);
     cargo.env("UNDERMESH_TEST_KUBECTL", cluster::kubernetes()?);

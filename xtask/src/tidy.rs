@@ -22,6 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-cli", &["mesh-core", "mesh-net", "mesh-control"]),
     ("bookinfo", &[]),
     ("xtask", &[]),
+    ("undermesh-fuzz", &["mesh-control", "mesh-core", "mesh-net", "mesh-waypoint"]),
     // The suites may use anything.
     (
         "mesh-tests",

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 use super::{END_MARK, SUITE_MARK, package::Kernel};
-use crate::shell;
+use crate::{shell, test::cargo_test};
 
 /// Programs of the mesh.
 const PROGRAMS: &[&str] = &["meshctl", "mesh-control", "mesh-node"];
@@ -58,7 +58,7 @@ impl Contents {
 
 /// The suites' executables.
 fn suites() -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let mut cargo = shell::cargo(&["test", "--no-run", "--package", "mesh-tests", "--message-format=json"]);
+    let mut cargo = cargo_test(&["--no-run", "--message-format=json"]);
     for name in SUITES {
         cargo.args(["--test", name]);
     }
