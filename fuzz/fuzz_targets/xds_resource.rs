@@ -4,8 +4,8 @@ use mesh_core::{
     delta::{Change, prepare},
     model,
     proto::{
-        self, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_MESH_OPTIONS, TYPE_WAYPOINT, discovery::Resource,
-        node, security, waypoint, workload,
+        self, TYPE_ADDRESS, TYPE_AUTHORIZATION, TYPE_MESH_OPTIONS, TYPE_WAYPOINT, discovery::Resource, node,
+        security, waypoint, workload,
     },
     route,
     snapshot::Snapshot,
@@ -89,7 +89,12 @@ fn policy() -> model::Policy {
 
 fn config() -> model::WaypointConfig {
     let service = mesh_core::id::ServiceKey::new("default", "web.default.svc.cluster.local");
-    let target = model::BackendTarget { service: service.clone(), port: 80, http2: true, subject_alt_names: Vec::new() };
+    let target = model::BackendTarget {
+        service: service.clone(),
+        port: 80,
+        http2: true,
+        subject_alt_names: Vec::new(),
+    };
     let value = model::ValueMatch::Regex("a.*b".into());
     let matched = model::RequestMatch {
         path: model::PathMatch::Regex("/a(b|c)*".into()),
@@ -169,7 +174,10 @@ fn run(data: &[u8]) {
     let world = Snapshot::default().with([change.clone(), change]);
     let gone = mesh_core::delta::removed(type_url, &name);
     let world = world.with(gone);
-    let left = world.workloads().count() + world.services().count() + world.policies().count() + world.pods().count();
+    let left = world.workloads().count()
+        + world.services().count()
+        + world.policies().count()
+        + world.pods().count();
     assert_eq!(left, 0, "{name:?} of {type_url} stays: {:?}", world.services().next());
 }
 

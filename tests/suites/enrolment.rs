@@ -11,3 +11,5 @@ mod bed;
 mod follow;
 #[path = "enrolment/plugin.rs"]
 mod plugin;
+#[path = "enrolment/withheld.rs"]
+mod withheld;

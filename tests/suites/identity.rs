@@ -1,5 +1,9 @@
 //! Promise: an identity is what a certificate of the CA proves, given only to the node that runs the pod; it is renewed
-//! without anybody noticing, and a tunnel leads only where its destination's owner says.
+//! without anybody noticing, and a tunnel leads only where its destination's owner says. Whoever has one can do harm only
+//! to its own connections.
+
+#[path = "identity/flood.rs"]
+mod flood;
 
 use std::{
     fs::File,
@@ -164,6 +168,7 @@ fn main() -> ExitCode {
     suite.case("a_tunnel_leads_only_to_the_pod_that_was_reached", foreign_authority);
     suite.case("a_certificate_of_another_authority_opens_nothing", foreign_root);
     suite.case("a_stated_client_is_not_believed", stated_client);
+    suite.case("a_flood_ends_its_own_connection_and_no_other", flood::floods);
     suite.case("certificates_rotate_under_traffic_without_an_error", rotation);
     suite.case("without_the_ca_identities_expire_closed_and_come_back", ca_down);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);

@@ -7,7 +7,10 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Once,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -15,7 +18,11 @@ use std::{
 use mesh_node::kernel::{CleanWhat, clean};
 use mesh_tests::{netns, wait, world::program};
 use nix::{
-    sys::signal::{Signal, kill},
+    mount::{MsFlags, mount},
+    sys::{
+        signal::{Signal, kill},
+        statfs::{BPF_FS_MAGIC, statfs},
+    },
     unistd::Pid,
 };
 use serde_json::{Value, json};
@@ -23,7 +30,8 @@ use tempfile::TempDir;
 
 static BEDS: AtomicU32 = AtomicU32::new(0);
 const BPFFS: &str = "/sys/fs/bpf";
-const CONTROL: &str = "10.45.0.1:15012";
+/// Where agents look for the control plane.
+pub const CONTROL: &str = "10.45.0.1:15012";
 /// Of an agent on Kubernetes.
 const PRIVILEGES: &str = "-all,+bpf,+perfmon,+net_admin,+sys_admin";
 /// A dial that takes longer has failed.
@@ -118,7 +126,7 @@ impl Bed {
         name
     }
 
-    fn host(&self) -> PathBuf {
+    pub fn host(&self) -> PathBuf {
         PathBuf::from(format!("/run/netns/{}h", self.id))
     }
 
@@ -156,6 +164,12 @@ impl Bed {
         sandbox.ip = IpAddr::from([10, 45, 0, number]);
     }
 
+    /// The cluster has a network plugin.
+    pub fn primary(&self) {
+        let text = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+        fs::write(self.at("conf").join("10-net.conflist"), text).unwrap();
+    }
+
     /// Removes a sandbox.
     pub fn remove(&self, sandbox: &Sandbox) {
         ip(&format!("netns del {}", sandbox.netns.file_name().unwrap().to_string_lossy()));
@@ -178,7 +192,8 @@ impl Bed {
             false => "{phase: Pending}".to_owned(),
         };
         let text = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {0}, namespace: shop, uid: {1}}}\n\
+            "apiVersion: v1\nkind: Pod\n\
+             metadata: {{name: {0}, namespace: shop, uid: {1}, labels: {{app: {0}}}}}\n\
              spec: {{nodeName: n1, serviceAccountName: {0}, containers: [{{name: c, image: c}}]}}\n\
              status: {status}\n",
             sandbox.name, sandbox.uid
@@ -193,7 +208,8 @@ impl Bed {
         self.write("options.yaml", text);
     }
 
-    fn write(&self, name: &str, text: &str) {
+    /// Gives the control plane an object, or another text instead of the last.
+    pub fn write(&self, name: &str, text: &str) {
         let next = self.at("next");
         fs::write(&next, text).unwrap();
         fs::rename(next, self.at("source").join(name)).unwrap();
@@ -248,8 +264,15 @@ impl Bed {
         self.start("mesh-node", &arguments);
     }
 
-    /// Agents of all tests are of node `n1`: each has a folder of bpffs of its own.
+    /// Agents of all tests are of node `n1`: each has a folder of bpffs of its own. As on Kubernetes, the agent may not
+    /// mount it.
     pub fn bpffs(&self) -> PathBuf {
+        static MOUNTED: Once = Once::new();
+        MOUNTED.call_once(|| {
+            if statfs(BPFFS).unwrap().filesystem_type() != BPF_FS_MAGIC {
+                mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700")).unwrap();
+            }
+        });
         let path = Path::new(BPFFS).join(&self.id);
         fs::create_dir_all(&path).unwrap();
         path
@@ -344,17 +367,19 @@ impl Bed {
     }
 
     /// Ready, or what is missing.
+    pub fn ready(&self) -> Result<(), String> {
+        let mut ask = Command::new(program("mesh-node").unwrap());
+        ask.args(["ask", "/healthz/ready", "--admin-socket"]).arg(self.at("agent.sock"));
+        let output = ask.output().unwrap();
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stdout).into_owned())
+        }
+    }
+
     pub fn until_ready(&self) {
-        let socket = self.at("agent.sock");
-        until("the agent to be ready", || {
-            let output = Command::new(program("mesh-node").unwrap())
-                .args(["ask", "/healthz/ready", "--admin-socket"])
-                .arg(&socket)
-                .output()
-                .unwrap();
-            let said = String::from_utf8_lossy(&output.stdout).into_owned();
-            if output.status.success() { Ok(()) } else { Err(said) }
-        });
+        until("the agent to be ready", || self.ready());
     }
 
     /// The configuration that the runtime gives our plugin, for a sandbox.

@@ -2,6 +2,12 @@
 
 use std::{fs, net::SocketAddr, thread, time::Duration};
 
+use aya::maps::{HashMap, Map, MapData};
+use mesh_ebpf_common::{
+    LAYOUT,
+    map::{MAX_SERVICES, Service, ServiceKey},
+    wire::{Ip, PortBe, Target},
+};
 use serde_json::Value;
 
 use crate::bed::{Bed, call, echoes, until};
@@ -12,15 +18,10 @@ const HELD: Duration = Duration::from_millis(500);
 /// Pods that are started one after the other.
 const PODS: u8 = 9;
 
-fn primary(bed: &Bed) {
-    let text = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
-    fs::write(bed.at("conf").join("10-net.conflist"), text).unwrap();
-}
-
 #[test]
 fn a_pod_starts_when_it_is_captured_and_not_before_it_is_known() {
     let mut bed = Bed::new();
-    primary(&bed);
+    bed.primary();
     let sandbox = bed.sandbox("a", 2);
     bed.control();
     bed.agent();
@@ -174,7 +175,7 @@ fn the_plugin_comes_and_goes_with_the_mesh() {
         let said = String::from_utf8_lossy(&body).into_owned();
         if status == 503 && said.contains("cni: no network configuration") { Ok(()) } else { Err(said) }
     });
-    primary(&bed);
+    bed.primary();
     bed.until_ready();
     let ours = bed.at("conf").join("00-undermesh.conflist");
     let conf: Value = serde_json::from_slice(&fs::read(&ours).unwrap()).unwrap();
@@ -245,4 +246,41 @@ fn the_first_packet_of_a_pod_never_gets_out_whatever_the_agent_does() {
     assert!(started >= PODS / 2, "only {started} of {PODS} pods started");
     let arrived = outside.arrived();
     assert!(arrived.is_empty(), "in the clear, from {arrived:?}");
+}
+
+/// The map of services is filled by somebody else, so that the next one has no room.
+#[test]
+fn a_kernel_that_takes_no_more_is_told_and_tried_again() {
+    let mut bed = Bed::new();
+    bed.primary();
+    let sandbox = bed.sandbox("a", 2);
+    bed.pod(&sandbox, true);
+    fs::write(bed.at("results").join("net-a-eth0"), sandbox.cached()).unwrap();
+    bed.control();
+    bed.agent();
+    bed.until_state(&sandbox, "enrolled");
+    bed.until_ready();
+    let pin = bed.bpffs().join("undermesh").join(LAYOUT).join("n1/maps/SERVICES");
+    let pinned = Map::from_map_data(MapData::from_pin(pin).unwrap()).unwrap();
+    let mut services = HashMap::<_, ServiceKey, Service>::try_from(pinned).unwrap();
+    let foreign =
+        |number| ServiceKey(Target::new(Ip::from_v6_be([0xfd, 0, 0, number]), PortBe::from_host(1)));
+    for number in 0..MAX_SERVICES {
+        services.insert(foreign(number), Service::default(), 0).unwrap();
+    }
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n\
+                   spec: {clusterIP: 10.96.0.9, selector: {app: a}, ports: [{port: 80, targetPort: 8080}]}\n";
+    bed.write("service.yaml", service);
+    let full = "kernel: the kernel map SERVICES is full";
+    until("the agent to say what is missing", || match bed.ready() {
+        Ok(()) => Err("ready".to_owned()),
+        Err(pending) if pending.contains(full) => Ok(()),
+        Err(pending) => Err(pending),
+    });
+
+    for number in 0..MAX_SERVICES {
+        services.remove(&foreign(number)).unwrap();
+    }
+    // Nobody changes anything more: it tries again by itself.
+    bed.until_ready();
 }
