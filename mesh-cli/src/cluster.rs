@@ -82,6 +82,7 @@ pub struct Target {
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
+    namespace: String,
 }
 
 impl Cluster {
@@ -104,7 +105,14 @@ impl Cluster {
         config.connect_timeout = Some(ANSWER);
         config.read_timeout = Some(ANSWER);
         config.write_timeout = Some(ANSWER);
-        Ok(Self { client: Client::try_from(config).context("prepare the connection to the API server")? })
+        let namespace = config.default_namespace.clone();
+        let client = Client::try_from(config).context("prepare the connection to the API server")?;
+        Ok(Self { client, namespace })
+    }
+
+    /// The namespace of the context.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     fn api(&self, kind: Kind, namespace: Option<&str>) -> Api<DynamicObject> {

@@ -7,6 +7,7 @@ pub mod internal;
 pub mod local;
 pub mod status;
 pub mod uninstall;
+pub mod waypoint;
 
 use std::time::Duration;
 

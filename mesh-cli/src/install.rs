@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use mesh_control::status::object::CONTROLLER;
 use serde_json::Value;
 
 use crate::{
@@ -28,9 +29,6 @@ use crate::{
 use check::{Finding, Severity, Wish};
 use facts::Facts;
 use record::{ObjectId, Record};
-
-/// Controller of our GatewayClasses; immutable once written.
-pub const CONTROLLER: &str = "undermesh.io/gateway-controller";
 
 /// Between two looks at what the server makes of definitions.
 const LOOK: Duration = Duration::from_millis(250);

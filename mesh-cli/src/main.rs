@@ -8,6 +8,7 @@ mod cmd;
 mod install;
 mod local;
 mod output;
+mod waypoint;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,9 @@ enum Verb {
     Check(cmd::check::CheckArgs),
     /// Say how the mesh of a cluster is, and what is not in force and why.
     Status(cmd::status::StatusArgs),
+    /// Ask for waypoints, look at them, delete them.
+    #[command(subcommand)]
+    Waypoint(cmd::waypoint::WaypointCommand),
     /// Take the mesh out of a cluster, nodes included.
     Uninstall(cmd::uninstall::UninstallArgs),
     /// A mesh on this machine, without Kubernetes.
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Verb::Upgrade(args) => cmd::install::upgrade(&args),
         Verb::Check(args) => cmd::check::run(&args),
         Verb::Status(args) => cmd::status::run(&args),
+        Verb::Waypoint(command) => cmd::waypoint::run(&command),
         Verb::Uninstall(args) => cmd::uninstall::run(&args),
         Verb::Local(command) => cmd::local::run(command),
         Verb::Analyze(args) => cmd::analyze::run(&args),

@@ -9,13 +9,11 @@ use futures_util::stream::{self, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{
-    CONTROLLER,
-    wait::{self, Component},
-};
+use super::wait::{self, Component};
 use crate::{
-    cluster::{Cluster, kinds},
+    cluster::Cluster,
     output::columns,
+    waypoint::{self, Waypoint},
 };
 
 /// So many processes are asked at once.
@@ -73,21 +71,6 @@ pub struct Workload {
     pub identity: Option<String>,
     /// Why the state is not `serving`.
     pub why: Option<String>,
-}
-
-/// A Gateway of ours.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Waypoint {
-    /// Its namespace.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-    /// Its class.
-    pub class: String,
-    /// Its condition `Programmed`: `True`, `False`, or `Unknown`.
-    pub programmed: String,
-    /// Its message when it is not true.
-    pub why: String,
 }
 
 /// What is wrong with an object.
@@ -181,8 +164,8 @@ pub async fn gather(cluster: &Cluster, namespace: &str) -> anyhow::Result<Status
         let why = pod.why.as_deref().unwrap_or_default();
         format!("pod {}/{}: {}: {why}", pod.namespace, pod.name, pod.state)
     }));
-    status.waypoints = waypoints(cluster).await?;
-    let down = status.waypoints.iter().filter(|waypoint| waypoint.programmed != "True");
+    status.waypoints = waypoint::list(cluster, None).await?;
+    let down = status.waypoints.iter().filter(|waypoint| !waypoint.is_programmed());
     status.waiting.extend(down.map(|one| format!("Gateway {}/{}: {}", one.namespace, one.name, one.why)));
     status.in_force = status.waiting.is_empty();
     Ok(status)
@@ -251,40 +234,6 @@ fn merge(answers: &[Answer]) -> (Vec<String>, Vec<Problem>) {
     let problems: BTreeSet<Problem> =
         answers.iter().flat_map(|answer| answer.problems.iter().cloned()).collect();
     (waiting, problems.into_iter().collect())
-}
-
-/// Gateways of our classes.
-async fn waypoints(cluster: &Cluster) -> anyhow::Result<Vec<Waypoint>> {
-    let classes = cluster.list(kinds::GATEWAY_CLASS, None, "").await?;
-    let ours: BTreeSet<&str> = classes
-        .iter()
-        .filter(|class| class["spec"]["controllerName"] == CONTROLLER)
-        .filter_map(|class| class["metadata"]["name"].as_str())
-        .collect();
-    let gateways = cluster.list(kinds::GATEWAY, None, "").await?;
-    let ours = gateways.iter().filter(|gateway| {
-        gateway["spec"]["gatewayClassName"].as_str().is_some_and(|class| ours.contains(class))
-    });
-    Ok(ours.map(waypoint).collect())
-}
-
-/// (pure) What is of interest about a Gateway.
-fn waypoint(gateway: &Value) -> Waypoint {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let conditions = gateway["status"]["conditions"].as_array();
-    let programmed = conditions.into_iter().flatten().find(|condition| condition["type"] == "Programmed");
-    let (state, why) = match programmed {
-        Some(condition) if condition["status"] == "True" => ("True".to_owned(), String::new()),
-        Some(condition) => (text(&condition["status"]), text(&condition["message"])),
-        None => ("Unknown".to_owned(), "no condition Programmed".to_owned()),
-    };
-    Waypoint {
-        namespace: text(&gateway["metadata"]["namespace"]),
-        name: text(&gateway["metadata"]["name"]),
-        class: text(&gateway["spec"]["gatewayClassName"]),
-        programmed: state,
-        why,
-    }
 }
 
 impl Status {
@@ -360,12 +309,5 @@ mod tests {
         let other = answer(3, json!([]), &["no waypoint shop/w"]);
         let one = answer(3, json!([here]), &["node:a rejected 1 resources", "no waypoint shop/w"]);
         check(&[one, other], &["node:a rejected p: map full", "no waypoint shop/w"]);
-    }
-
-    #[test]
-    fn gateways_without_a_condition_are_not_in_force() {
-        let gateway = json!({"metadata": {"namespace": "n", "name": "g"}, "spec": {"gatewayClassName": "c"}});
-        let found = waypoint(&gateway);
-        assert_eq!((found.programmed.as_str(), found.why.as_str()), ("Unknown", "no condition Programmed"));
     }
 }

@@ -7,10 +7,11 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use mesh_control::status::object::CONTROLLER;
 use serde_json::{Value, json};
 
 use super::{
-    CONTROLLER, apply, crds,
+    apply, crds,
     record::{self, ObjectId, Record},
     remove, wait,
 };

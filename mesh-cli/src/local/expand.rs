@@ -14,6 +14,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use mesh_control::translate::gateway;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
@@ -142,8 +143,6 @@ pub struct Wanted {
     pub problems: Vec<Problem>,
 }
 
-/// Classes whose Gateways are waypoints.
-pub const WAYPOINT_CLASSES: [&str; 2] = ["istio-waypoint", "undermesh-waypoint"];
 /// Port of HBONE.
 pub const HBONE_PORT: i32 = 15008;
 /// Nodes when the folder lists none.
@@ -159,7 +158,7 @@ pub fn is_workload(kind: &str) -> bool {
 /// Whether this Gateway is a waypoint.
 pub fn is_waypoint(document: &Document) -> bool {
     let class = document.value.pointer("/spec/gatewayClassName").and_then(serde_json::Value::as_str);
-    document.kind == "Gateway" && class.is_some_and(|class| WAYPOINT_CLASSES.contains(&class))
+    document.kind == "Gateway" && class.is_some_and(|class| gateway::WAYPOINT_CLASSES.contains(&class))
 }
 
 /// Reads the documents. `placed` says where pods that exist run, so that they stay there.
