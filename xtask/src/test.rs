@@ -144,8 +144,9 @@ fn test_targets(wanted: impl Fn(&str) -> bool) -> anyhow::Result<Vec<String>> {
 }
 
 /// Every build of tests selects this, and so do all that run them: with another selection cargo unites the features of
-/// other packages, and compiles most dependencies once more for it.
-pub const SELECTION: &[&str] = &["--workspace", "--exclude", "mesh-ebpf"];
+/// other packages, and compiles most dependencies once more for it. Without this program, which would be replaced while
+/// it runs and starts itself.
+const SELECTION: &[&str] = &["--workspace", "--exclude", "mesh-ebpf", "--exclude", "xtask"];
 
 /// Builds all tests, and the programs that they run.
 fn build() -> anyhow::Result<()> {
@@ -160,11 +161,14 @@ pub fn cargo_test(arguments: &[&str]) -> Command {
     cargo
 }
 
-/// Builds the programs that a local mesh consists of, and nothing else.
+/// Builds the programs that the mesh consists of; for tests as tests have them, else nothing but them.
 ///
 /// # Errors
 /// When one does not build.
 pub fn build_programs(profile: &[&str]) -> anyhow::Result<()> {
+    if profile == ["--profile", "dev"] {
+        return build();
+    }
     let mut build = shell::cargo(&["build", "--bins"]);
     build.args(profile);
     for package in PROGRAMS {
@@ -193,7 +197,11 @@ fn unit(filter: Option<&str>) -> anyhow::Result<Totals> {
         cargo.args(["--test", &target]);
     }
     with_arguments(&mut cargo, UNIT_THREADS, filter);
-    counted(&mut cargo)
+    let mut totals = counted(&mut cargo)?;
+    let mut cargo = shell::cargo(&["test", "--package", "xtask"]);
+    with_arguments(&mut cargo, UNIT_THREADS, filter);
+    totals += counted(&mut cargo)?;
+    Ok(totals)
 }
 
 fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
