@@ -298,6 +298,14 @@ impl Cluster {
         })
     }
 
+    /// The network namespace of a machine.
+    ///
+    /// # Errors
+    /// When the cluster is not ours.
+    pub fn machine_netns(&self, name: &str) -> anyhow::Result<PathBuf> {
+        Ok(self.machine(name)?.netns.clone())
+    }
+
     /// Captures all that any interface of a machine sees. On `control` that is what goes between the machines, and its own
     /// business; on a node, what goes between its pods as well.
     ///

@@ -19,21 +19,40 @@ use crate::{
 
 /// A server that answers every call with `name` and the header fields that it got, and status 0.
 pub fn grpc_echo(name: &str) -> Behaviour {
-    let name: Arc<str> = name.into();
-    Arc::new(move |stream, _| {
-        let _ = serve(&name, stream);
+    let name = name.to_owned();
+    serving(move |request| {
+        let mut text = format!("{name} {}\n", request.uri().path());
+        for (key, value) in request.headers() {
+            text.push_str(&format!("{key}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+        }
+        Bytes::from(text)
     })
 }
+
+/// A server of `grpc.health.v1` that is always healthy: `HealthCheckResponse { status: SERVING }` in its frame.
+pub fn grpc_health() -> Behaviour {
+    serving(|_| Bytes::from_static(b"\0\0\0\0\x02\x08\x01"))
+}
+
+fn serving(message: impl Fn(&Request<Incoming>) -> Bytes + Send + Sync + 'static) -> Behaviour {
+    let message: Arc<Message> = Arc::new(message);
+    Arc::new(move |stream, _| {
+        let _ = serve(&message, stream);
+    })
+}
+
+/// What a call is answered with.
+type Message = dyn Fn(&Request<Incoming>) -> Bytes + Send + Sync;
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
-fn serve(name: &Arc<str>, stream: std::net::TcpStream) -> anyhow::Result<()> {
+fn serve(message: &Arc<Message>, stream: std::net::TcpStream) -> anyhow::Result<()> {
     stream.set_nonblocking(true)?;
     runtime()?.block_on(async {
         let io = TokioIo::new(tokio::net::TcpStream::from_std(stream)?);
-        let service = service_fn(|request| answer(name.clone(), request));
+        let service = service_fn(|request| answer(message.clone(), request));
         // A client that does not speak HTTP/2 is refused by the library: nothing else is spoken here.
         hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await?;
         Ok(())
@@ -42,15 +61,12 @@ fn serve(name: &Arc<str>, stream: std::net::TcpStream) -> anyhow::Result<()> {
 
 type Body = http_body_util::combinators::BoxBody<Bytes, Infallible>;
 
-async fn answer(name: Arc<str>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
-    let mut text = format!("{name} {}\n", request.uri().path());
-    for (key, value) in request.headers() {
-        text.push_str(&format!("{key}: {}\n", String::from_utf8_lossy(value.as_bytes())));
-    }
+async fn answer(message: Arc<Message>, request: Request<Incoming>) -> Result<Response<Body>, hyper::Error> {
+    let message = message(&request);
     let _body = request.into_body().collect().await?;
     let mut trailers = HeaderMap::new();
     trailers.insert("grpc-status", HeaderValue::from_static("0"));
-    let frames = [Ok(Frame::data(Bytes::from(text))), Ok(Frame::trailers(trailers))];
+    let frames = [Ok(Frame::data(message)), Ok(Frame::trailers(trailers))];
     let body = StreamBody::new(futures_util::stream::iter(frames)).boxed();
     let mut response = Response::new(body);
     response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));

@@ -5,8 +5,12 @@
 mod faults;
 #[path = "cluster/install.rs"]
 mod install;
+#[path = "cluster/objects.rs"]
+mod objects;
 #[path = "cluster/paths.rs"]
 mod paths;
+#[path = "cluster/probes.rs"]
+mod probes;
 #[path = "cluster/start.rs"]
 mod start;
 #[path = "cluster/story.rs"]
@@ -26,10 +30,15 @@ fn main() -> ExitCode {
     suite.case("paths_are_as_they_should_be", paths::paths);
     suite.case("policy_refuses_who_has_no_business", story::policy);
     suite.case("a_waypoint_splits_and_routes", story::canary);
+    suite.case("a_waypoint_comes_and_goes_by_command", objects::waypoint);
+    suite.case("what_is_wrong_is_told_and_harms_nobody", objects::told);
+    suite.case("probes_reach_strict_pods_and_imitators_do_not", probes::probes);
     suite.case("a_starting_pod_sends_nothing_in_clear", start::no_leak);
     suite.case("an_agent_that_dies_fails_closed_and_comes_back", faults::agent);
     suite.case("the_api_server_may_be_away", faults::api_server);
     suite.case("the_control_plane_may_be_away", faults::control_plane);
+    suite.case("an_upgrade_replaces_every_process", install::upgrade);
     suite.case("uninstall_leaves_nothing", install::uninstall);
+    suite.case("other_profiles_and_the_operator_s_root", install::profiles);
     suite.run()
 }

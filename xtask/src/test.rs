@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use crate::{cluster, ebpf, image, kernels, shell};
+use crate::{cluster, ebpf, go, image, kernels, shell};
 
 /// The package that holds the suites.
 const SUITES: &str = "mesh-tests";
@@ -19,6 +19,18 @@ const SUITES: &str = "mesh-tests";
 const CLUSTER: &str = "cluster";
 /// The cluster that it starts.
 const CLUSTER_NAME: &str = "test";
+/// The suite that compares with a real Helm.
+const INSTALL: &str = "install";
+const HELM: go::Module = go::Module {
+    folder: "helm",
+    programs: &[go::Program {
+        name: "helm",
+        package: "helm.sh/helm/v3/cmd/helm",
+        linker_flags: "-s -w",
+        is_test: false,
+        seconds: 80,
+    }],
+};
 /// The programs that a local mesh runs.
 const PROGRAMS: &[&str] = &["mesh-cli", "mesh-control", "mesh-node", "mesh-waypoint", "bookinfo"];
 /// Tests of the unit run side by side; more threads than this would starve the timed ones on a small machine.
@@ -208,6 +220,9 @@ fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
     println!("test: {name}");
     let mut cargo = cargo_test(&["--test", name]);
     with_arguments(&mut cargo, 1, filter);
+    if name == INSTALL {
+        cargo.env("UNDERMESH_TEST_HELM", HELM.built()?.join("helm"));
+    }
     counted(&mut cargo)
 }
 

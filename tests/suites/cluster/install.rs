@@ -1,34 +1,104 @@
 //! In with one command, out with one, and nothing stays.
 
-use std::fs;
+use std::{collections::BTreeSet, fs, time::SystemTime};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use mesh_control::ca::root::Root;
 use mesh_tests::{
     cluster::{Cluster, MESH_NAMESPACE, meshctl},
+    peer::ping,
     wait,
 };
 
-use crate::story;
+use crate::{paths::Trio, story};
 
-/// The mesh comes in, on every node; doing it again changes nothing.
-pub fn install(cluster: &Cluster) -> anyhow::Result<()> {
-    let cgroup = cluster.kubelet_cgroup();
-    let set = cgroup.map(|cgroup| format!("node.kubeletCgroup={cgroup}"));
-    let arguments: Vec<&str> = match &set {
-        Some(set) => vec!["install", "--set", set],
-        None => vec!["install"],
-    };
-    meshctl(&arguments)?;
-    let nodes = cluster.nodes()?;
-    for node in &nodes {
+/// Installs, with what a cluster of ours needs to be told.
+fn installed(cluster: &Cluster, arguments: &[&str]) -> anyhow::Result<()> {
+    let set = cluster.kubelet_cgroup().map(|cgroup| format!("node.kubeletCgroup={cgroup}"));
+    let set: Vec<&str> = set.iter().flat_map(|set| ["--set", set]).collect();
+    meshctl(&[&["install"], arguments, &set].concat())?;
+    for node in &cluster.nodes()? {
         let agent = cluster.agent(node)?;
         ensure!(agent.ready, "{} is not ready", agent.name);
     }
-    let before: Vec<_> = cluster.pods(MESH_NAMESPACE)?.into_iter().map(|pod| pod.uid).collect();
-    meshctl(&arguments)?;
-    let after: Vec<_> = cluster.pods(MESH_NAMESPACE)?.into_iter().map(|pod| pod.uid).collect();
-    ensure!(before == after, "installing again replaced pods");
     Ok(())
+}
+
+fn own_pods(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
+    Ok(cluster.pods(MESH_NAMESPACE)?.into_iter().map(|pod| pod.uid).collect())
+}
+
+/// The mesh comes in, on every node; doing it again changes nothing.
+pub fn install(cluster: &Cluster) -> anyhow::Result<()> {
+    installed(cluster, &[])?;
+    let before = own_pods(cluster)?;
+    installed(cluster, &[])?;
+    ensure!(before == own_pods(cluster)?, "installing again replaced pods");
+    Ok(())
+}
+
+/// Every process is replaced, what was set stays set, and a connection of one node does not notice.
+pub fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
+    if !cluster.is_own() {
+        return Ok(());
+    }
+    let trio = Trio::up(cluster)?;
+    let before = own_pods(cluster)?;
+    let (_, mut held) = trio.reach(*trio.near.addresses.last().context("an address")?)?;
+    meshctl(&["upgrade", "--set", "log.level=debug"])?;
+    ensure!(before.is_disjoint(&own_pods(cluster)?), "a process of before still runs");
+    ping(&mut held, b"as before").context("a connection on one node")?;
+    for to in trio.near.addresses.iter().chain(&trio.far.addresses) {
+        trio.reach(*to)?;
+    }
+    let agents = cluster.run(&["-n", MESH_NAMESPACE, "get", "daemonset", "undermesh-node", "-o", "yaml"])?;
+    let kept = cluster.kubelet_cgroup().context("a cluster of ours")?;
+    ensure!(agents.contains(&kept) && agents.contains("debug"), "settings are lost: {agents}");
+    meshctl(&["upgrade", "--set", "log.level=info"])?;
+    trio.down()
+}
+
+/// The other profiles; the first under a root of the operator's own.
+pub fn profiles(cluster: &Cluster) -> anyhow::Result<()> {
+    let root = Root::generate(SystemTime::now())?;
+    cluster.run(&["create", "namespace", MESH_NAMESPACE])?;
+    let files = [
+        ("ca-cert", &root.certificate),
+        ("ca-key", &root.key),
+        ("cert-chain", &root.certificate),
+        ("root-cert", &root.certificate),
+    ];
+    let literals: Vec<String> =
+        files.iter().map(|(name, text)| format!("--from-literal={name}.pem={text}")).collect();
+    let create = ["-n", MESH_NAMESPACE, "create", "secret", "generic", "cacerts"];
+    cluster.run(&create.into_iter().chain(literals.iter().map(String::as_str)).collect::<Vec<_>>())?;
+    installed(cluster, &["--profile", "minimal"])?;
+    let trusted = cluster.json(&["-n", MESH_NAMESPACE, "get", "configmap", "undermesh-ca-root"])?;
+    ensure!(trusted["data"]["root-cert.pem"] == *root.certificate, "not the operator's root: {trusted}");
+    let made = cluster.run(&["-n", MESH_NAMESPACE, "get", "secret", "undermesh-ca", "--ignore-not-found"])?;
+    ensure!(made.trim().is_empty(), "a root was made beside the operator's: {made}");
+    let classes = cluster.run(&["get", "gatewayclass", "-o", "name"])?;
+    ensure!(
+        classes.contains("undermesh-waypoint") && !classes.contains("/istio"),
+        "classes of minimal: {classes}"
+    );
+    if cluster.is_own() {
+        let trio = Trio::up(cluster)?;
+        for to in &trio.far.addresses {
+            trio.reach(*to).context("across nodes, under the operator's root")?;
+        }
+        trio.down()?;
+    }
+    meshctl(&["uninstall"])?;
+    cluster
+        .run(&["-n", MESH_NAMESPACE, "get", "secret", "cacerts"])
+        .context("uninstall took what is the operator's")?;
+    cluster.delete_namespaces(&[MESH_NAMESPACE])?;
+
+    installed(cluster, &["--profile", "demo"])?;
+    let classes = cluster.run(&["get", "gatewayclass", "-o", "name"])?;
+    ensure!(classes.contains("/istio-waypoint"), "classes of demo: {classes}");
+    meshctl(&["uninstall"]).map(drop)
 }
 
 /// The mesh goes: the application does not notice, and no node keeps a trace.

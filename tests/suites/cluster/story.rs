@@ -174,7 +174,7 @@ pub fn policy(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// Waits until calls from a pod go as they should.
-fn answers(
+pub fn answers(
     cluster: &Cluster,
     namespace: &str,
     from: &str,
