@@ -40,7 +40,7 @@ const UNIT_THREADS: usize = 4;
 #[derive(Args, Debug)]
 pub struct Options {
     /// `unit`; `net` (all suites in network namespaces); `cluster` (a real Kubernetes); `kernels` (other kernels in
-    /// emulation); `fuzz` (a short run of each target); or one suite by its name. Default: all but `cluster`.
+    /// emulation); `fuzz` (a short run of each target); or one suite by its name. Default: all.
     suites: Vec<String>,
     /// Only tests whose name contains this.
     #[arg(long)]
@@ -116,8 +116,7 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
     let net = || worlds.iter().cloned().map(Suite::World);
     let mut chosen = BTreeSet::new();
     if names.is_empty() {
-        // Not `cluster`: the first time it builds Kubernetes, and whoever asks for it knows what it starts.
-        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels]);
+        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels, Suite::Cluster]);
         chosen.extend(net());
     }
     for name in names {
@@ -350,7 +349,7 @@ mod tests {
         assert_eq!(chosen(&["net"]).expect("known"), [world("faults"), world("world")]);
         assert_eq!(chosen(&["world", "unit"]).expect("known"), [Suite::Unit, world("world")]);
         assert_eq!(chosen(&["cluster"]).expect("known"), [Suite::Cluster]);
-        assert_eq!(chosen(&[]).expect("all but the cluster").len(), 5);
+        assert_eq!(chosen(&[]).expect("all").len(), 6);
         assert!(chosen(&["wrld"]).is_err());
     }
 }

@@ -29,9 +29,11 @@ type Asked = Arc<Mutex<Vec<(String, IpAddr)>>>;
 fn noting(asked: &Asked) -> Behaviour {
     let asked = asked.clone();
     Arc::new(move |mut stream, peer| {
-        let mut line = String::new();
-        if BufReader::new(&stream).read_line(&mut line).is_ok() {
-            let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+        // The whole head: what is left unread turns the end into a reset.
+        let lines = BufReader::new(&stream).lines().map_while(Result::ok);
+        let head: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+        if let Some(path) = head.first().and_then(|line| line.split(' ').nth(1)) {
+            let path = path.to_owned();
             asked.lock().unwrap_or_else(PoisonError::into_inner).push((path, peer.ip().to_canonical()));
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok");
         }
@@ -127,7 +129,9 @@ fn forwarded(cluster: &Cluster, asked: &Asked) -> anyhow::Result<()> {
     let output = child.stdout.take().context("kubectl's output")?;
     let _forwarding = Forwarding(child);
     let mut line = String::new();
-    BufReader::new(output).read_line(&mut line)?;
+    // Open for as long as kubectl has something to say.
+    let mut output = BufReader::new(output);
+    output.read_line(&mut line)?;
     // `Forwarding from 127.0.0.1:40123 -> 8081`
     let local = line.split(' ').nth(2).and_then(|local| local.parse::<SocketAddr>().ok());
     let local = local.with_context(|| format!("kubectl said {line:?}"))?;
