@@ -148,4 +148,67 @@ mod tests {
         assert!(pipeline.rescan());
         assert_eq!((now.borrow().revision, now.borrow().world.workloads.len()), (3, 0));
     }
+
+    /// What an API server says, once.
+    struct Said(crate::source::cluster::Cluster);
+
+    impl Source for Said {
+        fn refresh(&mut self) -> bool {
+            self.0.take_changed()
+        }
+
+        fn objects(&self) -> (Objects, Vec<Problem>) {
+            self.0.objects()
+        }
+
+        fn text(&self, _: &str) -> Option<&str> {
+            None
+        }
+    }
+
+    #[test]
+    fn a_folder_and_a_cluster_that_hold_the_same_publish_the_same() {
+        const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: reviews-1, namespace: bookinfo, uid: u1, labels: {app: reviews}}\nspec: {nodeName: node-1, serviceAccountName: reviews, containers: [{name: c, image: i}]}\nstatus: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}], conditions: [{type: Ready, status: 'True'}]}\n";
+        let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/bookinfo");
+        let mut files: Vec<_> =
+            std::fs::read_dir(examples.join("mesh")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        for step in ["4-strict", "4-details-productpage", "5-waypoint", "5-route-jason"] {
+            files.push(examples.join("steps").join(step).with_extension("yaml"));
+        }
+        let mut texts: Vec<String> =
+            files.iter().map(|file| std::fs::read_to_string(file).unwrap()).collect();
+        texts.push(POD.to_owned());
+        texts.push(format!(
+            "{ROUTE}---\n{}",
+            ROUTE.replace("parentRefs", "parentRef").replace("name: r", "name: s")
+        ));
+        let folder = tempfile::tempdir().unwrap();
+        let mut cluster = crate::source::cluster::Cluster::default();
+        for (number, text) in texts.iter().enumerate() {
+            std::fs::write(folder.path().join(format!("{number}.yaml")), text).unwrap();
+            for document in serde_yaml_ng::Deserializer::from_str(text) {
+                let json: serde_json::Value = serde::Deserialize::deserialize(document).unwrap();
+                let text = |field: &str| json[field].as_str().unwrap_or_default();
+                if let Some(kind) = crate::source::Kind::of(text("apiVersion"), text("kind")) {
+                    cluster.set(kind, json);
+                }
+            }
+        }
+        let published = |source: Box<dyn Source>| {
+            let pipeline = Pipeline::new(source, Mesh::default());
+            assert!(pipeline.rescan());
+            pipeline.subscribe().borrow().clone()
+        };
+        let of_folder = published(Box::new(Directory::new(folder.path().to_owned())));
+        let of_cluster = published(Box::new(Said(cluster)));
+        let problems = |published: &Published| -> Vec<_> {
+            let all = published.world.problems.iter();
+            all.map(|problem| (problem.object.clone(), problem.field.clone(), problem.reason.clone()))
+                .collect()
+        };
+        assert_eq!(problems(&of_folder), problems(&of_cluster));
+        assert!(!of_folder.world.problems.is_empty() && !of_folder.world.policies.is_empty());
+        assert!(!of_folder.world.workloads.is_empty() && !of_folder.world.services.is_empty());
+        assert_eq!(of_folder.digest, of_cluster.digest, "{:#?}\n{:#?}", of_folder.world, of_cluster.world);
+    }
 }
