@@ -432,6 +432,21 @@ impl World {
         checked(Command::new(&self.meshctl).args(arguments))
     }
 
+    /// What the agent of a node has logged so far, access records included.
+    ///
+    /// # Errors
+    /// When its file cannot be read.
+    pub fn log(&self, node: &str) -> anyhow::Result<String> {
+        let mut all = String::new();
+        for entry in fs::read_dir(self.state().join("logs"))? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().contains(node)) {
+                all += &fs::read_to_string(&path)?;
+            }
+        }
+        Ok(all)
+    }
+
     /// Folder of the mesh's own state.
     pub fn state(&self) -> PathBuf {
         PathBuf::from("/run/undermesh/local").join(&self.name)

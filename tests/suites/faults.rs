@@ -132,7 +132,15 @@ fn agent_killed(fixture: &Fixture) -> anyhow::Result<()> {
     let clear =
         frames.segments().filter(|segment| between_nodes(segment.destination_port, segment.payload)).count();
     ensure!(clear == 0, "{clear} segments with the canary towards port {PORT}");
-    Ok(())
+    // The agent that is told of its end has not seen its beginning.
+    let client = direct.local_addr()?.to_string();
+    drop(direct);
+    wait::until("the access record of the connection that outlived its agent", || {
+        let log = fixture.world.log("n1").map_err(|error| format!("{error:#}"))?;
+        let is_it =
+            |line: &&str| line.contains(&client) && line.contains("direct") && line.contains("access");
+        log.lines().find(is_it).map(drop).ok_or_else(|| format!("none of {client}"))
+    })
 }
 
 /// A segment addressed to the application's port that holds the marker. Inside the destination's node the last hop

@@ -70,18 +70,6 @@ impl Fixture {
         }
         anyhow::bail!("{} connections and none refused", held.len())
     }
-
-    fn log(&self, node: &str) -> anyhow::Result<String> {
-        let folder = self.world.state().join("logs");
-        let mut all = String::new();
-        for entry in fs::read_dir(&folder)? {
-            let path = entry?.path();
-            if path.file_name().is_some_and(|name| name.to_string_lossy().contains(node)) {
-                all += &fs::read_to_string(&path)?;
-            }
-        }
-        Ok(all)
-    }
 }
 
 fn main() -> ExitCode {
@@ -101,7 +89,7 @@ fn pod_quota(fixture: &Fixture) -> anyhow::Result<()> {
     let (mut held, _) = fixture.exhaust(&fixture.client, to)?;
     ensure!(held.len() == MOST, "{} instead of {MOST}", held.len());
     wait::until("the reason to be told", || {
-        let log = fixture.log("n1").map_err(|error| format!("{error:#}"))?;
+        let log = fixture.world.log("n1").map_err(|error| format!("{error:#}"))?;
         if log.contains("POD_QUOTA") { Ok(()) } else { Err("not in the log".to_owned()) }
     })?;
     for to in [to, fixture.far.at(Family::V6, PORT)?] {
@@ -195,7 +183,7 @@ fn programs_log(fixture: &Fixture) -> anyhow::Result<()> {
     let refused = dial(&fixture.client, "127.0.0.1:15001".parse().context("an address")?);
     ensure!(refused.is_err(), "a port of the agent is reached");
     wait::until("the line of the program", || {
-        let log = fixture.log("n1").map_err(|error| format!("{error:#}"))?;
+        let log = fixture.world.log("n1").map_err(|error| format!("{error:#}"))?;
         let line = log.lines().find(|line| line.contains("refused reason=illegal_port"));
         line.map(drop).ok_or_else(|| "no line".to_owned())
     })
