@@ -51,7 +51,7 @@ pub fn told(cluster: &Cluster) -> anyhow::Result<()> {
     event(cluster, "hostly", "host")?;
     story::whole_page(cluster)?;
     let status = meshctl(&["status", "-o", "json"]);
-    let said = status.map_or_else(|error| format!("{error:#}"), |text| text);
+    let said = status.unwrap_or_else(|error| format!("{error:#}"));
     ensure!(said.contains("misspelt") && said.contains("principal"), "status does not name it: {said}");
     for (kind, name) in [("authorizationpolicies.security.istio.io", "misspelt"), ("pod", "hostly")] {
         cluster.run(&["-n", BOOKINFO, "delete", kind, name])?;
