@@ -17,6 +17,8 @@ mod connect_head;
 mod csr;
 #[path = "../fuzz_targets/http_framing.rs"]
 mod http_framing;
+#[path = "../fuzz_targets/records.rs"]
+mod records;
 #[path = "../fuzz_targets/spiffe_san.rs"]
 mod spiffe_san;
 #[path = "../fuzz_targets/xds_resource.rs"]
@@ -40,6 +42,7 @@ const TARGETS: &[Target] = &[
     connect_head::TARGET,
     csr::TARGET,
     http_framing::TARGET,
+    records::TARGET,
     spiffe_san::TARGET,
     xds_resource::TARGET,
     yaml_source::TARGET,

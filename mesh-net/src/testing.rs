@@ -10,8 +10,8 @@ use std::{
 use mesh_core::{flag::Flag, id::Identity};
 use parking_lot::Mutex;
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -68,6 +68,9 @@ impl MiniCa {
     pub fn new() -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
+        // Another subject than those of the leaves: who has the name of its issuer is taken for a root.
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "test root");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let root = params.self_signed(&key).unwrap().der().clone();
@@ -88,6 +91,7 @@ impl MiniCa {
     pub fn issue(&self, leaf: Leaf) -> Issued {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = leaf.names;
         params.extended_key_usages = leaf.usages;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -105,6 +109,7 @@ impl MiniCa {
     pub fn sign(&self, csr_pem: &str, leaf: Leaf) -> CertificateDer<'static> {
         let request = rcgen::CertificateSigningRequestParams::from_pem(csr_pem).unwrap();
         let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = leaf.names;
         params.extended_key_usages = leaf.usages;
         params.not_before = leaf.not_before.into();

@@ -232,4 +232,6 @@ fn proven(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity, TlsError> {
 #[cfg(test)]
 mod interop;
 #[cfg(test)]
+mod openssl;
+#[cfg(test)]
 mod tests;

@@ -6,6 +6,8 @@ use std::{
     io::{BufRead as _, BufReader, BufWriter, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -17,6 +19,7 @@ use crate::{
     image,
     oci::{Content, Image},
     shell,
+    test::Totals,
 };
 
 /// What to run, and where.
@@ -41,19 +44,10 @@ pub struct Options {
 
 /// The profiles of meshes.
 const PROFILES: &[&str] = &["MESH-HTTP", "MESH-GRPC"];
-/// What is claimed. Each has a test in the suite; what has none is not claimed.
-const FEATURES: &[&str] = &[
-    "Mesh",
-    "HTTPRoute",
-    "GRPCRoute",
-    "MeshHTTPRouteBackendRequestHeaderModification",
-    "MeshHTTPRouteNamedRouteRule",
-    "MeshHTTPRouteQueryParamMatching",
-    "MeshHTTPRouteRedirectPath",
-    "MeshHTTPRouteRedirectPort",
-    "MeshHTTPRouteRewritePath",
-    "MeshHTTPRouteSchemeRedirect",
-];
+/// What the suite asks of whom has no mesh: what it says of itself.
+const WITHOUT_MESH: &str = "Mesh,HTTPRoute,GRPCRoute";
+/// The control plane says what it claims soon after it began.
+const CLAIM: Duration = Duration::from_secs(60);
 const WAYPOINT_CLASS: &str = "undermesh-waypoint";
 const PROJECT: &str = "undermesh";
 
@@ -87,11 +81,32 @@ const ECHO: Module = Module {
     ],
 };
 
+/// Runs both profiles on a cluster of that name, which is up.
+///
+/// # Errors
+/// When the suite cannot run.
+pub fn test(name: &str) -> anyhow::Result<Totals> {
+    let options = Options {
+        profile: Vec::new(),
+        run_test: None,
+        without_mesh: false,
+        name: name.to_owned(),
+        keep: false,
+    };
+    suite(&options)
+}
+
 /// Runs the suite and says where its report is.
 ///
 /// # Errors
 /// When a test fails, or the suite cannot run.
 pub fn run(options: &Options) -> anyhow::Result<()> {
+    let Totals { passed, failed } = suite(options)?;
+    ensure!(failed == 0 && passed > 0, "{passed} tests passed, {failed} failed");
+    Ok(())
+}
+
+fn suite(options: &Options) -> anyhow::Result<Totals> {
     let profiles = profiles(&options.profile)?;
     let kubeconfig = cluster::ensure(&options.name)?;
     let suite = SUITE.built()?.join("conformance.test");
@@ -104,6 +119,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         install(options)?;
     }
 
+    let features = if options.without_mesh { WITHOUT_MESH.to_owned() } else { claimed(&kubeconfig.file)? };
     let folder = shell::target_dir().join("conformance");
     fs::create_dir_all(&folder)?;
     let report = folder.join("report.yaml");
@@ -114,7 +130,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         "-test.run=TestConformance",
     ]);
     run.arg(format!("-conformance-profiles={}", profiles.join(",")));
-    run.arg(format!("-supported-features={}", FEATURES.join(",")));
+    run.arg(format!("-supported-features={}", features));
     if options.keep {
         run.args(["-cleanup-base-resources=false", "-cleanup-test-resources=false"]);
     }
@@ -139,6 +155,27 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     ran.context("the suite")
 }
 
+/// What the mesh of a cluster claims, by the status of its class: each feature has a test in the suite, so that none is
+/// claimed without one that passes.
+fn claimed(kubeconfig: &Path) -> anyhow::Result<String> {
+    let path = "jsonpath={.status.supportedFeatures[*].name}";
+    let deadline = Instant::now() + CLAIM;
+    loop {
+        let mut kubectl = cluster::kubectl(kubeconfig)?;
+        let said = shell::output(kubectl.args(["get", "gatewayclass", WAYPOINT_CLASS, "-o", path]))?;
+        let features: Vec<_> = said.split_whitespace().collect();
+        if !features.is_empty() {
+            println!("conformance: claimed are {}", features.join(", "));
+            return Ok(features.join(","));
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "GatewayClass {WAYPOINT_CLASS}: status.supportedFeatures: still empty"
+        );
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
 /// Installs the mesh of this checkout on a cluster of ours; on another one it is there.
 fn install(options: &Options) -> anyhow::Result<()> {
     cluster::load(&options.name, &image::build(&[], "dev")?)?;
@@ -149,25 +186,31 @@ fn install(options: &Options) -> anyhow::Result<()> {
 }
 
 /// Runs the suite: all that it says goes to a file, and how each test ended to the reader.
-fn told(run: &mut Command, log: &Path) -> anyhow::Result<()> {
+fn told(run: &mut Command, log: &Path) -> anyhow::Result<Totals> {
     println!("$ {}", shell::shown(run));
     println!("conformance: the log is {}", log.display());
     let mut file = BufWriter::new(fs::File::create(log)?);
     let mut child = run.stdout(Stdio::piped()).spawn().context("start the suite")?;
     let output = child.stdout.take().context("the suite's output")?;
+    let mut totals = Totals::default();
     for line in BufReader::new(output).split(b'\n') {
         let line = line?;
         file.write_all(&line)?;
         file.write_all(b"\n")?;
         let line = String::from_utf8_lossy(&line);
+        totals.passed += usize::from(line.starts_with("    --- PASS: "));
+        totals.failed += usize::from(line.starts_with("    --- FAIL: "));
         if worth_telling(&line) {
             println!("{}", line.trim());
         }
     }
     file.flush()?;
     let status = child.wait()?;
-    ensure!(status.success(), "{status}; see {}", log.display());
-    Ok(())
+    if !status.success() {
+        eprintln!("conformance: {status}; see {}", log.display());
+        totals.failed = totals.failed.max(1);
+    }
+    Ok(totals)
 }
 
 /// (pure) How a whole test began or ended, but for those of other features.

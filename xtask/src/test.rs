@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Args;
 
-use crate::{cluster, ebpf, go, image, kernels, shell};
+use crate::{cluster, conformance, ebpf, go, image, kernels, shell};
 
 /// The package that holds the suites.
 const SUITES: &str = "mesh-tests";
@@ -39,7 +39,8 @@ const UNIT_THREADS: usize = 4;
 /// Which tests to run.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// `unit`; `net` (all suites in network namespaces); `cluster` (a real Kubernetes); `kernels` (other kernels in
+    /// `unit`; `net` (all suites in network namespaces); `cluster` (a real Kubernetes); `conformance` (the Gateway API's
+    /// suite on one); `kernels` (other kernels in
     /// emulation); `fuzz` (a short run of each target); or one suite by its name. Default: all.
     suites: Vec<String>,
     /// Only tests whose name contains this.
@@ -73,6 +74,7 @@ enum Suite {
     Fuzz,
     Kernels,
     Cluster,
+    Conformance,
 }
 
 /// Runs the suites.
@@ -100,6 +102,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             Suite::Fuzz => fuzz()?,
             Suite::Kernels => kernels::test()?,
             Suite::Cluster => cluster(options)?,
+            Suite::Conformance => on_cluster(options.keep, |_, _| conformance::test(CLUSTER_NAME))?,
         };
     }
     println!("test: {} suites in {} s", wanted.len(), started.elapsed().as_secs());
@@ -116,7 +119,7 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
     let net = || worlds.iter().cloned().map(Suite::World);
     let mut chosen = BTreeSet::new();
     if names.is_empty() {
-        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels, Suite::Cluster]);
+        chosen.extend([Suite::Unit, Suite::Fuzz, Suite::Kernels, Suite::Cluster, Suite::Conformance]);
         chosen.extend(net());
     }
     for name in names {
@@ -126,10 +129,14 @@ fn choose(names: &[String], worlds: &[String]) -> anyhow::Result<BTreeSet<Suite>
             "fuzz" => drop(chosen.insert(Suite::Fuzz)),
             "kernels" => drop(chosen.insert(Suite::Kernels)),
             CLUSTER => drop(chosen.insert(Suite::Cluster)),
+            "conformance" => drop(chosen.insert(Suite::Conformance)),
             world if worlds.iter().any(|known| known == world) => {
                 chosen.insert(Suite::World(world.to_owned()));
             }
-            other => bail!("no suite {other}: unit, net, cluster, fuzz, kernels, {}", worlds.join(", ")),
+            other => bail!(
+                "no suite {other}: unit, net, cluster, conformance, fuzz, kernels, {}",
+                worlds.join(", ")
+            ),
         }
     }
     Ok(chosen)
@@ -225,14 +232,23 @@ fn world(name: &str, filter: Option<&str>) -> anyhow::Result<Totals> {
     counted(&mut cargo)
 }
 
-/// The suite on a real Kubernetes: the one that `KUBECONFIG` names, which has our images then, or one of its own.
+/// The suite on a real Kubernetes.
 fn cluster(options: &Options) -> anyhow::Result<Totals> {
     println!("test: {CLUSTER}");
+    on_cluster(options.keep, |kubeconfig, began| prepared(kubeconfig, options, began))
+}
+
+/// Runs something on the cluster that `KUBECONFIG` names, which has our images then, or on one of our own, which is taken
+/// down again if it was not there before.
+fn on_cluster(
+    keep: bool,
+    run: impl FnOnce(&cluster::Kubeconfig, Instant) -> anyhow::Result<Totals>,
+) -> anyhow::Result<Totals> {
     let began = Instant::now();
     let was_up = cluster::is_up(CLUSTER_NAME);
     let kubeconfig = cluster::ensure(CLUSTER_NAME)?;
-    let ran = prepared(&kubeconfig, options, began);
-    if kubeconfig.is_own && !was_up && !options.keep {
+    let ran = run(&kubeconfig, began);
+    if kubeconfig.is_own && !was_up && !keep {
         cluster::down(CLUSTER_NAME)?;
     }
     ran
@@ -349,7 +365,7 @@ mod tests {
         assert_eq!(chosen(&["net"]).expect("known"), [world("faults"), world("world")]);
         assert_eq!(chosen(&["world", "unit"]).expect("known"), [Suite::Unit, world("world")]);
         assert_eq!(chosen(&["cluster"]).expect("known"), [Suite::Cluster]);
-        assert_eq!(chosen(&[]).expect("all").len(), 6);
+        assert_eq!(chosen(&[]).expect("all").len(), 7);
         assert!(chosen(&["wrld"]).is_err());
     }
 }

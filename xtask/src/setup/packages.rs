@@ -21,6 +21,7 @@ pub const BASE: &[Package] = &[
     ("iproute2", "namespaces in local mode"),
     ("util-linux", "nsenter"),
     ("tcpdump", "the demo's capture"),
+    ("openssl", "tests: the other end of the records"),
     ("qemu-system-x86", "suite kernels: other kernels in emulation"),
     ("cpio", "suite kernels: their initramfs"),
     ("busybox-static", "suite kernels: their user space"),
