@@ -25,6 +25,7 @@ use crate::{
     ca::secret::{self, MANAGER},
     credentials::Principal,
     leader::Told,
+    provision::apply::Refused,
     publish::Published,
     serve::{
         proxies::{Proxies, Proxy},
@@ -65,6 +66,8 @@ pub struct Writer {
     pub proxies: Arc<Proxies>,
     /// What the other replicas tell of theirs.
     pub told: watch::Receiver<Told>,
+    /// Gateways whose objects cannot be made.
+    pub refused: watch::Receiver<Arc<Refused>>,
 }
 
 /// What was written, for as long as this replica leads.
@@ -203,7 +206,7 @@ impl Writer {
         all: &BTreeMap<Principal, Proxy>,
         written: &mut Written,
     ) {
-        let wanted = status::objects(published, all);
+        let wanted = status::objects(published, all, &self.refused.borrow().clone());
         written.status.retain(|key, _| wanted.contains_key(key));
         let mut writes = 0;
         for (key, want) in wanted {

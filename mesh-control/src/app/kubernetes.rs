@@ -7,6 +7,7 @@ use std::{
 
 use kube::{Client, Config};
 use mesh_net::{clock::Chance, drain::Drain, task::TaskGroup};
+use tokio::sync::watch;
 
 use super::{AppError, Parts, follow};
 use crate::{
@@ -107,10 +108,19 @@ impl Leading {
     ) -> Others {
         let Self { client, me, namespace, provisioning } = self;
         let election = Election::new(&client, &namespace, me.clone());
+        let (refusing, refused) = watch::channel(Arc::default());
         match provisioning {
             Some(settings) => {
                 let (published, leads) = (pipeline.subscribe(), election.leads());
-                tasks.spawn(provision::apply::run(client.clone(), settings, published, leads, drain.watch()));
+                let run = provision::apply::run(
+                    client.clone(),
+                    settings,
+                    published,
+                    leads,
+                    refusing,
+                    drain.watch(),
+                );
+                tasks.spawn(run);
             }
             None => {
                 tracing::warn!("no image of waypoints (UNDERMESH_WAYPOINT_IMAGE): none are made for Gateways")
@@ -124,6 +134,7 @@ impl Leading {
             published: pipeline.subscribe(),
             proxies: proxies.clone(),
             told: election.told(),
+            refused,
         };
         let others = Others { told: election.told(), namespace: namespace.clone() };
         let leads = election.leads();

@@ -41,15 +41,19 @@ enum ApplyError {
     Silent { kind: String },
 }
 
+/// Gateways whose objects cannot be made, each with the reason.
+pub type Refused = BTreeMap<ObjectKey, String>;
+
 /// What was applied, and when.
 type Done = BTreeMap<ObjectKey, (Provisioned, Instant)>;
 
-/// Provisions waypoints for as long as this replica leads, until the drain starts.
+/// Provisions waypoints for as long as this replica leads, until the drain starts; `refused` says what cannot be.
 pub async fn run(
     client: Client,
     settings: Settings,
     mut published: watch::Receiver<Arc<Published>>,
     mut leading: watch::Receiver<bool>,
+    refused: watch::Sender<Arc<Refused>>,
     draining: Draining,
 ) {
     let mut done = Done::new();
@@ -57,7 +61,9 @@ pub async fn run(
         let world = published.borrow_and_update().clone();
         let leads = *leading.borrow_and_update();
         let wait = if leads {
-            round(&client, &settings, &world, &mut done).await
+            let (wait, failed) = round(&client, &settings, &world, &mut done).await;
+            refused.send_replace(Arc::new(failed));
+            wait
         } else {
             // Another one may change them: apply anew when it is our turn again.
             done.clear();
@@ -73,12 +79,18 @@ pub async fn run(
     }
 }
 
-/// Applies what differs from what was applied, or was applied long ago; how long to wait for the next round.
-async fn round(client: &Client, settings: &Settings, world: &Published, done: &mut Done) -> Duration {
+/// Applies what differs from what was applied, or was applied long ago; how long to wait for the next round, and what
+/// could not be applied.
+async fn round(
+    client: &Client,
+    settings: &Settings,
+    world: &Published,
+    done: &mut Done,
+) -> (Duration, Refused) {
     let gateways = &world.world.outcomes.gateways;
     // Its objects go with the Gateway.
     done.retain(|key, _| gateways.contains_key(key));
-    let mut wait = AGAIN;
+    let (mut wait, mut refused) = (AGAIN, Refused::new());
     for (key, gateway) in gateways {
         let Some(facts) = &gateway.facts else { continue };
         let made = match provision(key, facts, settings) {
@@ -100,11 +112,13 @@ async fn round(client: &Client, settings: &Settings, world: &Published, done: &m
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
                 tracing::warn!(%key, %error, cause, "cannot provision a waypoint");
+                let why = if cause.is_empty() { error.to_string() } else { format!("{error}: {cause}") };
+                refused.insert(key.clone(), why);
                 wait = RETRY;
             }
         }
     }
-    wait
+    (wait, refused)
 }
 
 async fn apply(client: &Client, uid: &str, made: &Provisioned) -> Result<(), ApplyError> {

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     compile::outcome::{BindingOutcome, ClassOutcome, GatewayOutcome, RouteOutcome},
     credentials::Principal,
-    provision,
+    provision::{self, apply::Refused},
     publish::Published,
     serve::proxies::Proxy,
     source::{ObjectKey, Problem, Severity},
@@ -40,10 +40,11 @@ pub const IN_FORCE: &str = "undermesh.io/InForce";
 /// The condition of a Service that asks for a waypoint.
 pub const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
 
-/// The status of every object that is ours to judge.
+/// The status of every object that is ours to judge; `refused` are Gateways for which nothing could be made.
 pub fn objects(
     published: &Published,
     known: &BTreeMap<Principal, Proxy>,
+    refused: &Refused,
 ) -> BTreeMap<ObjectKey, ObjectStatus> {
     let outcomes = &published.world.outcomes;
     let expected = expected(&published.world);
@@ -59,7 +60,8 @@ pub fn objects(
         statuses.insert(key.clone(), ObjectStatus::Class(class_status(*class)));
     }
     for (key, gateway) in &outcomes.gateways {
-        statuses.insert(key.clone(), ObjectStatus::Gateway(gateway_status(key, gateway)));
+        let refused = refused.get(key).map(String::as_str);
+        statuses.insert(key.clone(), ObjectStatus::Gateway(gateway_status(key, gateway, refused)));
     }
     for (key, route) in &outcomes.routes {
         let in_force = in_force(key, route.generation);
@@ -118,7 +120,7 @@ fn class_status(class: ClassOutcome) -> ClassStatus {
     ClassStatus { conditions: vec![accepted], supported_features }
 }
 
-fn gateway_status(key: &ObjectKey, gateway: &GatewayOutcome) -> GatewayStatus {
+fn gateway_status(key: &ObjectKey, gateway: &GatewayOutcome, refused: Option<&str>) -> GatewayStatus {
     let GatewayOutcome { generation, facts, addresses, attached, pods } = gateway;
     let Some(facts) = facts else {
         let told = "gateways of this class are not served yet; waypoints are";
@@ -128,7 +130,10 @@ fn gateway_status(key: &ObjectKey, gateway: &GatewayOutcome) -> GatewayStatus {
         ];
         return GatewayStatus { addresses: Vec::new(), conditions, listeners: Vec::new() };
     };
-    let programmed = programmed(facts, !addresses.is_empty(), *pods);
+    let programmed = match refused {
+        Some(why) => (false, "NoResources", why),
+        None => programmed(facts, !addresses.is_empty(), *pods),
+    };
     let address = |ip: &std::net::IpAddr| GatewayAddress { kind: "IPAddress", value: ip.to_string() };
     GatewayStatus {
         addresses: addresses.iter().map(address).collect(),

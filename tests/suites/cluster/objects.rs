@@ -90,6 +90,15 @@ pub fn waypoint(cluster: &Cluster) -> anyhow::Result<()> {
         refused.is_err_and(|error| format!("{error:#}").contains("Gateway bookinfo/front")),
         "what is not there was deleted"
     );
+    // A Service of that name which is somebody else's is left alone, and the Gateway says so.
+    cluster.run(&["-n", BOOKINFO, "create", "service", "clusterip", "taken", "--tcp=80"])?;
+    let taken = call(&["apply", "taken", "--timeout", "10s"]);
+    ensure!(
+        taken.is_err_and(|error| format!("{error:#}").contains("does not belong to the Gateway")),
+        "no word of it"
+    );
+    call(&["delete", "taken"])?;
+    cluster.run(&["-n", BOOKINFO, "delete", "service", "taken"])?;
     call(&["apply", "front"])?;
     let listed = call(&["list"])?;
     ensure!(listed.lines().any(|line| line.contains(" front ") && line.contains("True")), "{listed}");

@@ -60,7 +60,8 @@ fn told(conditions: &[Condition]) -> Vec<String> {
 }
 
 fn status(more: &str, kind: ObjectKind, namespace: &str, name: &str) -> Option<ObjectStatus> {
-    objects(&published(more), &BTreeMap::new()).remove(&ObjectKey::new(kind, namespace, name))
+    objects(&published(more), &BTreeMap::new(), &Refused::new())
+        .remove(&ObjectKey::new(kind, namespace, name))
 }
 
 /// Conditions of a route at its first parent.
@@ -94,6 +95,18 @@ fn a_class_of_ours_is_judged_and_another_is_not() {
     assert_eq!(ingress, Some((vec!["-Accepted Unsupported @4".to_owned()], 0)));
     assert_eq!(of(&class("nginx", "example.com/c"), "nginx"), None);
     assert!(FEATURES.is_sorted());
+}
+
+#[test]
+fn a_gateway_for_which_nothing_can_be_made_says_so() {
+    let key = ObjectKey::new(ObjectKind::Gateway, "shop", "gw");
+    let why = "Service shop/gw is there already and does not belong to the Gateway: left alone";
+    let refused = Refused::from([(key.clone(), why.to_owned())]);
+    let all = objects(&published(""), &BTreeMap::new(), &refused);
+    let Some(ObjectStatus::Gateway(status)) = all.get(&key) else { panic!("{all:?}") };
+    assert_eq!(told(&status.conditions), ["+Accepted Accepted @3", "-Programmed NoResources @3"]);
+    assert_eq!(status.conditions[1].message, why);
+    assert!(told(&status.listeners[0].conditions).contains(&"-Programmed Pending @3".to_owned()));
 }
 
 #[test]
