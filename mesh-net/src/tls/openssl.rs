@@ -60,7 +60,7 @@ impl OpenSsl {
             .stderr(Stdio::piped())
             .spawn()
             .expect("openssl: `cargo xtask setup` installs it");
-        let (sender, lines) = mpsc::channel();
+        let (sender, lines) = mpsc::sync_channel(1024);
         let outputs: [Box<dyn Read + Send>; 2] =
             [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
         for output in outputs {
