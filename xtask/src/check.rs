@@ -36,8 +36,10 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// With every feature, so that a fresh machine has afterwards what the checks without a network read.
 fn lock_file() -> anyhow::Result<()> {
-    shell::output(&mut shell::cargo(&["metadata", "--locked", "--format-version", "1"])).map(drop)
+    let all = ["metadata", "--locked", "--all-features", "--format-version", "1"];
+    shell::output(&mut shell::cargo(&all)).map(drop)
 }
 
 fn format() -> anyhow::Result<()> {
