@@ -177,7 +177,7 @@ impl Dialer {
 
 fn client_config(roots: &str) -> Result<ClientConfig, GrpcError> {
     let store = tls::root_store(&certificates(roots)?).map_err(|error| GrpcError::Pem(error.to_string()))?;
-    let mut config = ClientConfig::builder_with_provider(tls::provider())
+    let mut config = ClientConfig::builder_with_provider(tls::provider(tls::Ciphers::Aes))
         .with_protocol_versions(&[&TLS13])
         .map_err(GrpcError::Tls)?
         .with_root_certificates(store)
@@ -232,7 +232,7 @@ impl GrpcTls {
     /// # Errors
     /// Certificate or key that cannot be used.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, GrpcError> {
-        let mut config = ServerConfig::builder_with_provider(tls::provider())
+        let mut config = ServerConfig::builder_with_provider(tls::provider(tls::Ciphers::Aes))
             .with_protocol_versions(&[&TLS13])
             .map_err(GrpcError::Tls)?
             .with_no_client_auth()

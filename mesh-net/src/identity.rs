@@ -35,7 +35,7 @@ use crate::{
     BoxFuture,
     clock::{Chance, Clock},
     task::TaskGroup,
-    tls::{self, ClientTls, ServerTls, TlsError, verify},
+    tls::{self, Ciphers, ClientTls, ServerTls, TlsError, verify},
 };
 
 /// A certificate with its key and the roots that its owner trusts, and the TLS configurations made of them.
@@ -96,7 +96,7 @@ impl WorkloadCertificate {
     ///
     /// # Errors
     /// No leaf, no identity in it, or a key that does not fit.
-    pub fn new(issued: Issued, generation: u64) -> Result<Self, UnusableCertificate> {
+    pub fn new(issued: Issued, generation: u64, ciphers: Ciphers) -> Result<Self, UnusableCertificate> {
         let Issued { chain, key, roots } = issued;
         let leaf = chain.first().ok_or(UnusableCertificate::Empty)?;
         let identity = verify::identity_of(leaf).map_err(UnusableCertificate::NoIdentity)?;
@@ -106,9 +106,9 @@ impl WorkloadCertificate {
         let (not_before, not_after) =
             (wall(validity.not_before.timestamp()), wall(validity.not_after.timestamp()));
         let store = tls::root_store(&roots).map_err(UnusableCertificate::Tls)?;
-        let server =
-            ServerTls::new(&identity, &chain, &key, store.clone()).map_err(UnusableCertificate::Tls)?;
-        let client = ClientTls::new(&chain, &key, store).map_err(UnusableCertificate::Tls)?;
+        let server = ServerTls::new(&identity, &chain, &key, store.clone(), ciphers)
+            .map_err(UnusableCertificate::Tls)?;
+        let client = ClientTls::new(&chain, &key, store, ciphers).map_err(UnusableCertificate::Tls)?;
         let server = Arc::new(server);
         Ok(Self { chain, key, roots, identity, not_before, not_after, generation, server, client })
     }
@@ -192,6 +192,7 @@ pub struct CertificateManager {
 
 struct Inner {
     source: Arc<dyn CertificateSource>,
+    ciphers: Ciphers,
     clock: Clock,
     chance: Chance,
     certificates: RwLock<HashMap<Identity, Arc<WorkloadCertificate>>>,
@@ -203,10 +204,17 @@ struct Inner {
 }
 
 impl CertificateManager {
-    /// Starts the manager as a task of `tasks`.
-    pub fn new(source: Arc<dyn CertificateSource>, clock: Clock, chance: Chance, tasks: &TaskGroup) -> Self {
+    /// Starts the manager as a task of `tasks`; its certificates serve tunnels with `ciphers`.
+    pub fn new(
+        source: Arc<dyn CertificateSource>,
+        ciphers: Ciphers,
+        clock: Clock,
+        chance: Chance,
+        tasks: &TaskGroup,
+    ) -> Self {
         let inner = Arc::new(Inner {
             source,
+            ciphers,
             clock,
             chance,
             certificates: RwLock::default(),
@@ -336,8 +344,8 @@ impl Inner {
     fn fetched(&self, identity: &Identity, outcome: Result<Issued, FetchError>) {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let usable = outcome.and_then(|issued| {
-            let certificate =
-                WorkloadCertificate::new(issued, generation).map_err(|error| unusable(&error))?;
+            let certificate = WorkloadCertificate::new(issued, generation, self.ciphers)
+                .map_err(|error| unusable(&error))?;
             match &certificate.identity {
                 got if got == identity => Ok(certificate),
                 got => Err(FetchError::Unusable(format!("it is for {got}, not for {identity}"))),

@@ -18,6 +18,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use crate::{
     BoxFuture,
     identity::{CertificateSource, FetchError, Issued, WorkloadCertificate},
+    tls::Ciphers,
     tunnel::Certificates,
 };
 
@@ -121,7 +122,8 @@ impl MiniCa {
     pub fn certificate(&self, identity: &Identity) -> Arc<WorkloadCertificate> {
         let mut generation = self.generation.lock();
         *generation += 1;
-        Arc::new(WorkloadCertificate::new(self.issue(Leaf::of(identity)), *generation).unwrap())
+        let issued = self.issue(Leaf::of(identity));
+        Arc::new(WorkloadCertificate::new(issued, *generation, Ciphers::default()).unwrap())
     }
 
     /// Chain and key of a server with DNS names, for gRPC.

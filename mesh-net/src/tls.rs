@@ -68,14 +68,25 @@ impl TlsError {
     }
 }
 
-/// The one crypto provider: aws-lc-rs cut down to the mesh's suites. ChaCha20 is left out on purpose
-/// (`wire-protocol.md` H1). AES-128 first: 3–8 % more throughput, and either end is free to choose.
-pub fn provider() -> Arc<CryptoProvider> {
+/// Which of the mesh's suites a tunnel may use. ChaCha20 is left out on purpose (`wire-protocol.md` H1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ciphers {
+    /// AES-128 first: 3–8 % more throughput, and either end is free to choose.
+    #[default]
+    Aes,
+    /// AES-256 alone: an end that has it not is refused.
+    Aes256,
+}
+
+/// The one crypto provider: aws-lc-rs cut down to the mesh's suites.
+pub fn provider(ciphers: Ciphers) -> Arc<CryptoProvider> {
     use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
-    Arc::new(CryptoProvider {
-        cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
-        ..default_provider()
-    })
+    let aes256 = cipher_suite::TLS13_AES_256_GCM_SHA384;
+    let cipher_suites = match ciphers {
+        Ciphers::Aes => vec![cipher_suite::TLS13_AES_128_GCM_SHA256, aes256],
+        Ciphers::Aes256 => vec![aes256],
+    };
+    Arc::new(CryptoProvider { cipher_suites, ..default_provider() })
 }
 
 /// Certificates as a store of roots.
@@ -110,8 +121,9 @@ impl ServerTls {
         chain: &[CertificateDer<'static>],
         key: &PrivateKeyDer<'static>,
         roots: Arc<RootCertStore>,
+        ciphers: Ciphers,
     ) -> Result<Self, TlsError> {
-        let provider = provider();
+        let provider = provider(ciphers);
         let verifier = VerifyClient::new(roots, &provider, identity.trust_domain.clone())?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(VERSIONS)
@@ -161,8 +173,9 @@ impl ClientTls {
         chain: &[CertificateDer<'static>],
         key: &PrivateKeyDer<'static>,
         roots: Arc<RootCertStore>,
+        ciphers: Ciphers,
     ) -> Result<Self, TlsError> {
-        let provider = provider();
+        let provider = provider(ciphers);
         let nobody = VerifyServer::new(roots.clone(), provider.clone(), Vec::new());
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(VERSIONS)

@@ -81,7 +81,7 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     };
     let ca = Arc::new(CaClient::new(grpc::channel(&control)?, Asking::ForPods));
     let chance = Chance::random();
-    let certificates = CertificateManager::new(ca, Clock::system(), chance.clone(), &tasks);
+    let certificates = CertificateManager::new(ca, config.ciphers, Clock::system(), chance.clone(), &tasks);
 
     let table = watch::Sender::new(Arc::new(Table::default()));
     let agent = Arc::new(Agent {

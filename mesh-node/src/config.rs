@@ -5,7 +5,7 @@ pub mod enrolment;
 use std::{fs, io, net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use mesh_net::{grpc::Endpoint, telemetry::LogFormat};
+use mesh_net::{grpc::Endpoint, telemetry::LogFormat, tls::Ciphers};
 use thiserror::Error;
 
 use self::enrolment::{CniDirs, Enrol, EnrolSettings};
@@ -91,6 +91,9 @@ pub struct Settings {
     /// mTLS is required. Looked for among the usual units of systemd if absent.
     #[arg(long, env = "UNDERMESH_KUBELET_CGROUP", value_name = "DIR")]
     pub kubelet_cgroup: Option<PathBuf>,
+    /// Take and offer AES-256 alone for tunnels: an end of one that has it not is refused.
+    #[arg(long, env = "UNDERMESH_REQUIRE_AES256")]
+    pub require_aes256: bool,
     /// Trust domain until the control plane names another one.
     #[arg(long, env = "UNDERMESH_TRUST_DOMAIN", default_value = "cluster.local", value_name = "DOMAIN")]
     pub trust_domain: String,
@@ -200,6 +203,8 @@ pub struct Config {
     pub cgroup: Option<PathBuf>,
     /// Connections of one pod at the same time.
     pub pod_connections: u32,
+    /// What tunnels may use.
+    pub ciphers: Ciphers,
     /// Given cgroup directory of the kubelet.
     pub kubelet_cgroup: Option<PathBuf>,
     /// Trust domain to start with.
@@ -263,6 +268,7 @@ impl Config {
             bpffs: settings.bpffs.clone(),
             cgroup: settings.cgroup.clone(),
             pod_connections: settings.pod_connections,
+            ciphers: if settings.require_aes256 { Ciphers::Aes256 } else { Ciphers::Aes },
             kubelet_cgroup: settings.kubelet_cgroup.clone(),
             trust_domain: settings.trust_domain.clone(),
         })
@@ -337,6 +343,7 @@ mod tests {
             bpffs: at("bpf"),
             cgroup: None,
             pod_connections: 1000,
+            require_aes256: false,
             kubelet_cgroup: None,
             trust_domain: "cluster.local".to_owned(),
             log_format: LogFormat::Text,

@@ -21,6 +21,7 @@ use mesh_net::{
     listen::Reserve,
     task::TaskGroup,
     telemetry::{self, LogControl},
+    tls::Ciphers,
     tunnel::{DirectConnector, Handshakes, Pool},
 };
 use parking_lot::Mutex;
@@ -155,7 +156,13 @@ fn start(settings: &Settings, log: LogControl) -> Result<Running, StartError> {
     // Who we are.
     let control = control_of(settings);
     let ca = CaClient::new(channel(&control)?, Asking::ForItself);
-    let certificates = CertificateManager::new(Arc::new(ca), Clock::system(), Chance::random(), &background);
+    let certificates = CertificateManager::new(
+        Arc::new(ca),
+        Ciphers::default(),
+        Clock::system(),
+        Chance::random(),
+        &background,
+    );
     certificates.want(&own);
 
     // What we serve.

@@ -32,6 +32,7 @@ use mesh_net::{
     },
     task::TaskGroup,
     testing::{FixedCertificates, MiniCa},
+    tls::Ciphers,
     tunnel::{Connector, Dial, DialError, Pool, TunnelHeaders},
 };
 use mesh_tests::{
@@ -100,7 +101,7 @@ impl Fixture {
         inside(&self.world.node(node)?.netns, async move {
             let issued = CaClient::new(channel(&config)?, Asking::ForPods).fetch(&identity).await;
             Ok(match issued {
-                Ok(issued) => Ok(WorkloadCertificate::new(issued, 1)?),
+                Ok(issued) => Ok(WorkloadCertificate::new(issued, 1, Ciphers::default())?),
                 Err(refused) => Err(refused),
             })
         })

@@ -18,7 +18,7 @@ const KUBERNETES: &str = "1.34.1";
 /// Values that differ from every profile in shape and content: lists, maps, text that YAML could take for something else.
 const OTHER: &str = r#"
 image: {registry: "registry.example:5000/mesh", tag: "1e3", pullPolicy: Always, pullSecrets: [{name: one}, {name: two}]}
-mesh: {trustDomain: example.org, clusterId: "007", rootNamespace: istio-system, encryptSameNode: always, outboundTrafficPolicy: REGISTRY_ONLY}
+mesh: {trustDomain: example.org, clusterId: "007", rootNamespace: istio-system, encryptSameNode: always, requireAes256: true, outboundTrafficPolicy: REGISTRY_ONLY}
 log: {format: json, level: "info,mesh_node=debug"}
 gatewayClasses: {istio: false}
 control:

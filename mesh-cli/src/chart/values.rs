@@ -74,6 +74,7 @@ values! {
         cluster_id: String,
         root_namespace: String,
         encrypt_same_node: EncryptSameNode,
+        require_aes256: bool,
         outbound_traffic_policy: OutboundTrafficPolicy,
     }
 

@@ -49,7 +49,8 @@ fn world() -> World {
         most: 0.into(),
     });
     let tasks = TaskGroup::new();
-    let manager = CertificateManager::new(source.clone(), clock, Chance::seeded(3), &tasks);
+    let manager =
+        CertificateManager::new(source.clone(), Ciphers::default(), clock, Chance::seeded(3), &tasks);
     World { source, manager, _tasks: tasks }
 }
 
@@ -141,8 +142,13 @@ async fn a_certificate_for_somebody_else_is_not_installed() {
         }
     }
     let tasks = TaskGroup::new();
-    let manager =
-        CertificateManager::new(Arc::new(Liar(MiniCa::new())), Clock::system(), Chance::seeded(1), &tasks);
+    let manager = CertificateManager::new(
+        Arc::new(Liar(MiniCa::new())),
+        Ciphers::default(),
+        Clock::system(),
+        Chance::seeded(1),
+        &tasks,
+    );
     manager.want(&id(0));
     assert_eq!(manager.get(&id(0)).await.unwrap_err(), Flag::CertificateMissing);
     let error = manager.status()[0].error.clone().unwrap();

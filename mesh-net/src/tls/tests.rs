@@ -48,8 +48,8 @@ fn bent(ca: &MiniCa, leaf: Leaf) -> WorkloadCertificate {
     let good = ca.certificate(&id("bent"));
     WorkloadCertificate::assembled(
         &good,
-        ServerTls::new(&id("bent"), &issued.chain, &issued.key, store.clone()).unwrap(),
-        ClientTls::new(&issued.chain, &issued.key, store).unwrap(),
+        ServerTls::new(&id("bent"), &issued.chain, &issued.key, store.clone(), Ciphers::Aes).unwrap(),
+        ClientTls::new(&issued.chain, &issued.key, store, Ciphers::Aes).unwrap(),
     )
 }
 
@@ -154,13 +154,13 @@ async fn no_client_certificate_no_entry() {
     let ca = MiniCa::new();
     let (a, b) = duplex(64 << 10);
     let tls = ca.certificate(&id("cart")).server_tls();
-    let anonymous = ClientConfig::builder_with_provider(provider())
+    let anonymous = ClientConfig::builder_with_provider(provider(Ciphers::Aes))
         .with_protocol_versions(VERSIONS)
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(VerifyServer::new(
             root_store(&[ca.root()]).unwrap(),
-            provider(),
+            provider(Ciphers::Aes),
             vec![id("cart")],
         )))
         .with_no_client_auth();
@@ -170,9 +170,40 @@ async fn no_client_certificate_no_entry() {
     assert!(matches!(server.map(drop), Err(TlsError::Protocol(rustls::Error::NoCertificatesPresented))));
 }
 
+#[tokio::test]
+async fn an_end_that_requires_aes_256_gets_it_or_nothing() {
+    let ca = MiniCa::new();
+    let of = |sa: &str, ciphers| WorkloadCertificate::new(ca.issue(Leaf::of(&id(sa))), 1, ciphers).unwrap();
+    for (client, server) in [(Ciphers::Aes256, Ciphers::Aes), (Ciphers::Aes, Ciphers::Aes256)] {
+        let (client, server) = (of("web", client), of("cart", server));
+        let (at_client, at_server) = handshake(&client, vec![id("cart")], &server).await;
+        assert_eq!((at_client.unwrap(), at_server.unwrap()), (id("cart"), id("web")));
+    }
+    // A client that has only AES-128.
+    let (a, b) = duplex(64 << 10);
+    let tls = of("cart", Ciphers::Aes256).server_tls();
+    let weak = CryptoProvider {
+        cipher_suites: vec![rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256],
+        ..(*provider(Ciphers::Aes)).clone()
+    };
+    let config = ClientConfig::builder_with_provider(Arc::new(weak))
+        .with_protocol_versions(VERSIONS)
+        .unwrap()
+        .with_root_certificates(root_store(&[ca.root()]).unwrap())
+        .with_no_client_auth();
+    let connector = TlsConnector::from(Arc::new(config));
+    let name = ServerName::try_from("cart").unwrap();
+    let (client, server) = tokio::join!(connector.connect(name, a), tls.accept(b));
+    assert!(client.is_err());
+    assert_eq!(server.map(drop).unwrap_err().flag(), mesh_core::flag::Flag::TlsFailure);
+}
+
 #[test]
 fn only_tls13_and_aes_gcm_are_offered() {
     let suites: Vec<String> =
-        provider().cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect();
+        provider(Ciphers::Aes).cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect();
     assert_eq!(suites, ["TLS13_AES_128_GCM_SHA256", "TLS13_AES_256_GCM_SHA384"]);
+    let alone = provider(Ciphers::Aes256);
+    assert_eq!(format!("{:?}", alone.cipher_suites[0].suite()), "TLS13_AES_256_GCM_SHA384");
+    assert_eq!(alone.cipher_suites.len(), 1);
 }

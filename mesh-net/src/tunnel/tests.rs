@@ -14,6 +14,7 @@ use crate::{
     identity::WorkloadCertificate,
     task::TaskGroup,
     testing::{FixedCertificates, MiniCa},
+    tls::Ciphers,
 };
 
 fn id(sa: &str) -> Identity {
@@ -187,7 +188,7 @@ async fn the_servers_verdict_on_our_certificate_is_a_tls_failure() {
     // The client trusts the server's CA, but not the reverse.
     let mut issued = world.ca.issue(crate::testing::Leaf::of(&id("web")));
     issued.roots = vec![stranger.ca.root()];
-    world.certificates.replace(Arc::new(WorkloadCertificate::new(issued, 77).unwrap()));
+    world.certificates.replace(Arc::new(WorkloadCertificate::new(issued, 77, Ciphers::default()).unwrap()));
     let error = world.pool.open(world.dial(addr)).await.unwrap_err();
     assert_eq!(error.flag(), Flag::TlsFailure, "{error:?}");
     assert_eq!(ended.recv().await.unwrap().flag(), Some(Flag::TlsFailure));
