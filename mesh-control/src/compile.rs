@@ -31,6 +31,7 @@ mod routes;
 
 use index::Index;
 use outcome::Outcomes;
+use policies::Behind;
 
 /// Every object, translated.
 pub type Fragments = BTreeMap<ObjectKey, Arc<Translated>>;
@@ -105,10 +106,12 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
         }
     }
     let bound = binding::services(&index, &mut out);
+    let bound_pods = binding::pods(&index, &mut out);
     let endpoints = endpoints::endpoints(&index, &mut out);
-    let policies = policies::policies(&index, &bound, &endpoints, &mut out);
+    let of_waypoints = Behind { services: &bound, pods: &bound_pods, endpoints: &endpoints };
+    let policies = policies::policies(&index, &of_waypoints, &mut out);
     // Pods claim their addresses first: the kernel gave them, while a clusterIP is only written.
-    let workloads = endpoints::workload_resources(&index, &endpoints, &policies, &mut out);
+    let workloads = endpoints::workload_resources(&index, &of_waypoints, &policies, &mut out);
     let services = endpoints::service_resources(&index, &bound, &mut out);
     let waypoints = routes::waypoints(&index, &bound, &services, &mut out);
     gateways::outcomes(&index, &services, &mut out);

@@ -35,7 +35,7 @@ pub struct Binding {
     pub gateway: Option<Name>,
 }
 
-/// Bindings of services by name.
+/// Bindings of services, or of pods, by name.
 pub type Bound = BTreeMap<Name, Binding>;
 
 /// The waypoint that labels ask for, and whether the object says so itself.
@@ -96,8 +96,13 @@ pub fn services(index: &Index<'_>, out: &mut Output) -> Bound {
     bound
 }
 
-/// Binds one pod.
-pub fn pod(index: &Index<'_>, pod: &Entry<'_, PodFacts>, out: &mut Output) -> Option<WaypointRef> {
+/// Binds every pod.
+pub fn pods(index: &Index<'_>, out: &mut Output) -> Bound {
+    let alive = index.pods.iter().filter(|(_, pod)| pod.facts.alive());
+    alive.filter_map(|(key, entry)| Some((key.clone(), pod(index, entry, out)?))).collect()
+}
+
+fn pod(index: &Index<'_>, pod: &Entry<'_, PodFacts>, out: &mut Output) -> Option<Binding> {
     let namespace = pod.namespace();
     if index.native(namespace, pod.facts) || !index.meshed(namespace, pod.facts) {
         return None;
@@ -109,7 +114,7 @@ pub fn pod(index: &Index<'_>, pod: &Entry<'_, PodFacts>, out: &mut Output) -> Op
     {
         return None;
     }
-    Some(bind(index, pod.of(), &wanted, Takes::workloads, out).0?.reference)
+    bind(index, pod.of(), &wanted, Takes::workloads, out).0
 }
 
 /// The waypoint does not take this kind of traffic.

@@ -16,9 +16,9 @@ use mesh_core::{
 
 use super::{
     Output, PodKey,
-    binding::{self, Bound},
+    binding::Bound,
     index::{Entry, Index, Name, selects},
-    policies::Attached,
+    policies::{Attached, Behind},
 };
 use crate::{
     source::Severity,
@@ -228,7 +228,7 @@ fn fronts(
 /// The workloads as the proxies see them.
 pub fn workload_resources(
     index: &Index<'_>,
-    endpoints: &Endpoints,
+    behind: &Behind<'_>,
     policies: &Attached,
     out: &mut Output,
 ) -> BTreeMap<WorkloadKey, Arc<Workload>> {
@@ -242,10 +242,10 @@ pub fn workload_resources(
         } else {
             out.claim(pod.of(), "status.podIPs", &facts.addresses)
         };
-        let workload = pod_workload(index, (key, pod), addresses, endpoints, policies, out);
+        let workload = pod_workload(index, (key, pod), addresses, behind, policies);
         workloads.insert(workload.uid.clone(), Arc::new(workload));
     }
-    for (uid, other) in &endpoints.others {
+    for (uid, other) in &behind.endpoints.others {
         workloads.insert(uid.clone(), Arc::new(other_workload(index, uid, other)));
     }
     workloads
@@ -255,9 +255,8 @@ fn pod_workload(
     index: &Index<'_>,
     (key, pod): (&PodKey, &Entry<'_, PodFacts>),
     addresses: Vec<IpAddr>,
-    endpoints: &Endpoints,
+    behind: &Behind<'_>,
     policies: &Attached,
-    out: &mut Output,
 ) -> Workload {
     let facts = pod.facts;
     let meshed = index.meshed(&key.0, facts) && !facts.host_network;
@@ -271,7 +270,7 @@ fn pod_workload(
         tunnel: if meshed { TunnelProtocol::Hbone } else { TunnelProtocol::None },
         trust_domain: index.mesh.trust_domain.clone(),
         service_account: facts.service_account.clone(),
-        waypoint: binding::pod(index, pod, out),
+        waypoint: behind.pods.get(key).map(|binding| binding.reference.clone()),
         node: facts.node.clone(),
         canonical_name,
         canonical_revision,
@@ -281,7 +280,7 @@ fn pod_workload(
         health: if facts.ready && !facts.deleting { Health::Healthy } else { Health::Unhealthy },
         leaving: facts.ready && facts.deleting,
         cluster: index.mesh.cluster.clone(),
-        services: endpoints.by_pod.get(key).cloned().unwrap_or_default(),
+        services: behind.endpoints.by_pod.get(key).cloned().unwrap_or_default(),
         locality: locality(index, &facts.node),
         network_mode: if facts.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
         capacity: 1,

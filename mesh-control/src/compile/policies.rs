@@ -18,8 +18,8 @@ use crate::{
     source::Severity,
     translate::{
         policy::{
-            AuthorizationFacts, Mode, PeerAuthenticationFacts, Target, WaypointTarget, plaintext_denied,
-            ports_denied,
+            AuthorizationFacts, Mode, PeerAuthenticationFacts, Target, WaypointTarget, all_denied,
+            plaintext_denied, ports_denied,
         },
         workload::PodFacts,
     },
@@ -51,15 +51,23 @@ impl Attached {
     }
 }
 
+/// What waypoints stand in front of.
+pub struct Behind<'a> {
+    /// The services that are bound to one.
+    pub services: &'a Bound,
+    /// The pods that are bound to one by themselves.
+    pub pods: &'a Bound,
+    /// The endpoints of services.
+    pub endpoints: &'a Endpoints,
+}
+
 /// Attaches every policy.
-pub fn policies(index: &Index<'_>, bound: &Bound, endpoints: &Endpoints, out: &mut Output) -> Attached {
+pub fn policies(index: &Index<'_>, behind: &Behind<'_>, out: &mut Output) -> Attached {
     let mut attached = Attached::default();
     for policy in &index.authorizations {
         match &policy.facts.target {
             Target::Scope | Target::Selector { .. } => authorization(index, policy, &mut attached, out),
-            Target::Waypoint(targets) => {
-                waypoint_policy(index, policy, targets, (bound, endpoints), &mut attached, out)
-            }
+            Target::Waypoint(targets) => waypoint_policy(index, policy, targets, behind, &mut attached, out),
         }
     }
     let subjects: Vec<_> = subjects(index).collect();
@@ -101,13 +109,13 @@ fn authorization(
 }
 
 /// A policy with targetRefs is for a waypoint, and ours does not evaluate policy yet. Letting the traffic pass would
-/// be the silent hole, so the ports of its targets are denied by their agents; where an endpoint has no agent, the
-/// waypoint does not serve the target at all.
+/// be the silent hole, so the agents deny: the ports of a service that is a target, and everything at a pod that is
+/// bound by itself. Where an endpoint of a service has no agent, the waypoint does not serve the target at all.
 fn waypoint_policy(
     index: &Index<'_>,
     entry: &Entry<'_, AuthorizationFacts>,
     targets: &[WaypointTarget],
-    (bound, endpoints): (&Bound, &Endpoints),
+    behind: &Behind<'_>,
     attached: &mut Attached,
     out: &mut Output,
 ) {
@@ -120,9 +128,9 @@ fn waypoint_policy(
     let mut ports = BTreeSet::new();
     let mut pods = BTreeSet::new();
     let mut closed = false;
-    for service in targets.iter().flat_map(|target| targeted(index, bound, entry, target)) {
-        let mut denied = !endpoints.has_others(&index.service_key(&service.0, &service.1));
-        for (pod, map) in endpoints.by_service.get(&service).into_iter().flatten() {
+    for service in targets.iter().flat_map(|target| targeted(index, behind.services, entry, target)) {
+        let mut denied = !behind.endpoints.has_others(&index.service_key(&service.0, &service.1));
+        for (pod, map) in behind.endpoints.by_service.get(&service).into_iter().flatten() {
             denied &= index.pods.get(pod).is_some_and(|own| index.enrolment(&pod.0, own.facts).is_ok());
             ports.extend(map.values().copied());
             pods.insert(pod.clone());
@@ -132,7 +140,9 @@ fn waypoint_policy(
             out.closed.insert(service);
         }
     }
-    let reason = if pods.is_empty() && !closed {
+    let own: Vec<PodKey> =
+        targets.iter().flat_map(|target| gated(index, behind.pods, entry, target)).collect();
+    let reason = if pods.is_empty() && own.is_empty() && !closed {
         "TargetNotFound: no target with endpoints: no effect"
     } else if closed {
         "WaypointPolicyUnsupported: waypoints do not evaluate policy yet: traffic to the targets is denied, except to \
@@ -141,15 +151,23 @@ fn waypoint_policy(
         "WaypointPolicyUnsupported: waypoints do not evaluate policy yet: traffic to the targets is denied"
     };
     out.tell(Severity::Error, entry.of(), "spec.targetRefs", reason);
-    if pods.is_empty() {
-        return;
-    }
-    let key = PolicyKey::new(entry.namespace(), &format!("converted_waypoint_policy_{}", entry.name()));
+    let name = format!("converted_waypoint_policy_{}", entry.name());
     let ports: Vec<u16> = ports.into_iter().collect();
-    out.carry(&entry.object.key, TYPE_AUTHORIZATION, key.to_string().into());
-    attached.add(ports_denied(key.clone(), &ports));
-    for pod in pods {
-        attached.name(&pod, key.clone());
+    // No name of an object has an underscore.
+    let of_pods = format!("{name}_pods");
+    let denials = [
+        (ports_denied(PolicyKey::new(entry.namespace(), &name), &ports), pods.into_iter().collect()),
+        (all_denied(PolicyKey::new(entry.namespace(), &of_pods)), own),
+    ];
+    for (denial, pods) in denials {
+        if pods.is_empty() {
+            continue;
+        }
+        out.carry(&entry.object.key, TYPE_AUTHORIZATION, denial.key.to_string().into());
+        for pod in pods {
+            attached.name(&pod, denial.key.clone());
+        }
+        attached.add(denial);
     }
 }
 
@@ -160,19 +178,30 @@ fn targeted(
     entry: &Entry<'_, AuthorizationFacts>,
     target: &WaypointTarget,
 ) -> Vec<Name> {
-    let namespace = entry.namespace();
-    let behind = |wanted: &dyn Fn(&Name) -> bool| -> Vec<Name> {
-        let names = bound.iter().filter(|(_, binding)| binding.gateway.as_ref().is_some_and(wanted));
-        names.map(|(name, _)| name.clone()).collect()
-    };
     match target {
-        WaypointTarget::Service(name) => vec![(namespace.clone(), name.clone())],
-        WaypointTarget::Gateway(name) => behind(&|gateway| gateway.0 == *namespace && gateway.1 == *name),
-        WaypointTarget::Class(class) if *namespace == index.mesh.root_namespace => behind(&|gateway| {
-            index.waypoints.get(gateway).is_some_and(|waypoint| waypoint.facts.class == *class)
-        }),
-        WaypointTarget::Class(_) => Vec::new(),
+        WaypointTarget::Service(name) => vec![(entry.namespace().clone(), name.clone())],
+        WaypointTarget::Gateway(_) | WaypointTarget::Class(_) => gated(index, bound, entry, target),
     }
+}
+
+/// Those of `bound` that are behind the Gateways that a target means.
+fn gated(
+    index: &Index<'_>,
+    bound: &Bound,
+    entry: &Entry<'_, AuthorizationFacts>,
+    target: &WaypointTarget,
+) -> Vec<Name> {
+    let namespace = entry.namespace();
+    let meant = |gateway: &Name| match target {
+        WaypointTarget::Service(_) => false,
+        WaypointTarget::Gateway(name) => gateway.0 == *namespace && gateway.1 == *name,
+        WaypointTarget::Class(class) => {
+            *namespace == index.mesh.root_namespace
+                && index.waypoints.get(gateway).is_some_and(|waypoint| waypoint.facts.class == *class)
+        }
+    };
+    let behind = bound.iter().filter(|(_, binding)| binding.gateway.as_ref().is_some_and(meant));
+    behind.map(|(name, _)| name.clone()).collect()
 }
 
 /// Port > workload > namespace > mesh; the oldest of a level wins (`config-istio.md` 8).

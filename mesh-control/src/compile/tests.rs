@@ -345,6 +345,40 @@ fn a_policy_for_a_waypoint_denies_the_ports_of_its_targets() {
 }
 
 #[test]
+fn a_policy_for_a_waypoint_denies_the_pods_that_are_bound_to_it_by_themselves() {
+    let gateway =
+        "spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}";
+    let gateway = |takes: &str| {
+        object("Gateway", "gw", "shop", gateway)
+            .replace("name: gw,", &format!("name: gw, labels: {{istio.io/waypoint-for: {takes}}},"))
+    };
+    let pod_2 = "---\napiVersion: v1\nkind: Pod\nmetadata: {name: cart-2, namespace: shop, labels: {app: cart, istio.io/use-waypoint: gw}}\nspec: {nodeName: n1, containers: []}\nstatus: {phase: Running, podIP: 10.0.0.2}\n";
+    let of_class = "{targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: istio-waypoint}], rules: [{}]}";
+    let of_gateway =
+        "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: gw}], rules: [{}]}";
+    let of_another =
+        "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: other}], rules: [{}]}";
+    for (takes, namespace, spec, denied) in [
+        ("workload", "shop", of_gateway, true),
+        ("all", "shop", of_gateway, true),
+        ("all", "undermesh-system", of_class, true),
+        ("service", "shop", of_gateway, false),
+        ("all", "shop", of_class, false),
+        ("all", "shop", of_another, false),
+    ] {
+        let policy = object("AuthorizationPolicy", "p", namespace, &format!("spec: {spec}"));
+        let world = world(&format!("{policy}{}{pod_2}", gateway(takes)));
+        let key = PolicyKey::new(namespace, "converted_waypoint_policy_p_pods");
+        let everything =
+            world.policies.get(&key).map(|policy| (policy.action, policy.rules[0].clauses.len()));
+        assert_eq!(everything, denied.then_some((Action::Deny, 0)), "{takes}: {spec}");
+        assert_eq!(pod(&world, "shop/cart-2").policies.contains(&key), denied, "{takes}: {spec}");
+        // Not bound by itself.
+        assert!(!pod(&world, "shop/cart-1").policies.contains(&key), "{takes}: {spec}");
+    }
+}
+
+#[test]
 fn a_policy_for_a_waypoint_closes_it_where_no_agent_can_deny() {
     let policy = object(
         "AuthorizationPolicy",

@@ -282,8 +282,16 @@ pub fn plaintext_denied(key: PolicyKey, ports: &[u16], except: &[u16]) -> Policy
 /// The DENY policy that refuses everybody on `ports`.
 pub fn ports_denied(key: PolicyKey, ports: &[u16]) -> Policy {
     let on = Match { destination_ports: ports.to_vec(), ..Match::default() };
-    let rules = vec![Rule { clauses: vec![Clause { matches: vec![on] }] }];
-    Policy { key, scope: Scope::WorkloadSelector, action: Action::Deny, rules, dry_run: false }
+    denied(key, Rule { clauses: vec![Clause { matches: vec![on] }] })
+}
+
+/// The DENY policy that refuses everybody on every port.
+pub fn all_denied(key: PolicyKey) -> Policy {
+    denied(key, Rule { clauses: Vec::new() })
+}
+
+fn denied(key: PolicyKey, rule: Rule) -> Policy {
+    Policy { key, scope: Scope::WorkloadSelector, action: Action::Deny, rules: vec![rule], dry_run: false }
 }
 
 /// How bad a part that L4 cannot evaluate is: the rest is enforced, so the object is not as written.
