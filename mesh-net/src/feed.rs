@@ -384,8 +384,11 @@ impl Feed {
         }
         let mut complaints: Vec<String> = batch.rejected.iter().map(ToString::to_string).collect();
         if let Err(reason) = applied {
-            let name = batch.first_name().unwrap_or(type_url);
-            complaints.push(format!("{name}: not in force: {reason}"));
+            // By name each of them: those that a rejection does not name are taken for accepted.
+            complaints.extend(batch.settled().map(|name| format!("{name}: not in force: {reason}")));
+            if complaints.is_empty() {
+                complaints.push(format!("{type_url}: not in force: {reason}"));
+            }
         }
         self.note(type_url, &batch, applied.is_ok());
         if !complaints.is_empty() {

@@ -69,8 +69,4 @@ impl Batch {
     pub(super) fn settled(&self) -> impl Iterator<Item = &str> {
         self.accepted.iter().map(|(name, _)| name.as_str()).chain(self.removed.iter().map(String::as_str))
     }
-
-    pub(super) fn first_name(&self) -> Option<&str> {
-        self.settled().next()
-    }
 }

@@ -321,9 +321,12 @@ async fn what_cannot_be_put_in_force_is_not_acknowledged() {
     stream.heard().await;
     stream.heard().await;
     w.applying.broken.store(true, Ordering::SeqCst);
-    stream.say("n1", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1")], &[]).await;
+    let resources = vec![policy("shop/a", "v1"), policy("shop/b", "v1")];
+    stream.say("n1", TYPE_AUTHORIZATION, resources, &["shop/c"]).await;
     let message = stream.heard().await.error_detail.unwrap().message;
-    assert_eq!(message, "shop/a: not in force: map is full");
+    for name in ["shop/a", "shop/b", "shop/c"] {
+        assert!(message.contains(&format!("{name}: not in force: map is full")), "{message}");
+    }
     assert!(w.handle.status.borrow().pending.contains(TYPE_AUTHORIZATION));
     w.applying.broken.store(false, Ordering::SeqCst);
     stream.say("n2", TYPE_AUTHORIZATION, vec![], &[]).await;
