@@ -35,7 +35,7 @@ use crate::{
     BoxFuture,
     clock::{Chance, Clock},
     task::TaskGroup,
-    tls::{self, Ciphers, ClientTls, ServerTls, TlsError, verify},
+    tls::{self, Ciphers, ClientTls, Material, ServerTls, TlsError, verify},
 };
 
 /// A certificate with its key and the roots that its owner trusts, and the TLS configurations made of them.
@@ -106,9 +106,9 @@ impl WorkloadCertificate {
         let (not_before, not_after) =
             (wall(validity.not_before.timestamp()), wall(validity.not_after.timestamp()));
         let store = tls::root_store(&roots).map_err(UnusableCertificate::Tls)?;
-        let server = ServerTls::new(&identity, &chain, &key, store.clone(), ciphers)
-            .map_err(UnusableCertificate::Tls)?;
-        let client = ClientTls::new(&chain, &key, store, ciphers).map_err(UnusableCertificate::Tls)?;
+        let material = Material { chain: &chain, key: &key, roots: &store, ciphers };
+        let server = ServerTls::new(&identity, material).map_err(UnusableCertificate::Tls)?;
+        let client = ClientTls::new(material).map_err(UnusableCertificate::Tls)?;
         let server = Arc::new(server);
         Ok(Self { chain, key, roots, identity, not_before, not_after, generation, server, client })
     }
@@ -190,11 +190,20 @@ pub struct CertificateManager {
     inner: Arc<Inner>,
 }
 
+/// What a [`CertificateManager`] works with.
+pub struct Means {
+    /// Where certificates come from.
+    pub source: Arc<dyn CertificateSource>,
+    /// What their tunnels may use.
+    pub ciphers: Ciphers,
+    /// The time.
+    pub clock: Clock,
+    /// Spreads renewals.
+    pub chance: Chance,
+}
+
 struct Inner {
-    source: Arc<dyn CertificateSource>,
-    ciphers: Ciphers,
-    clock: Clock,
-    chance: Chance,
+    by: Means,
     certificates: RwLock<HashMap<Identity, Arc<WorkloadCertificate>>>,
     schedule: Mutex<Schedule>,
     errors: Mutex<HashMap<Identity, String>>,
@@ -204,19 +213,10 @@ struct Inner {
 }
 
 impl CertificateManager {
-    /// Starts the manager as a task of `tasks`; its certificates serve tunnels with `ciphers`.
-    pub fn new(
-        source: Arc<dyn CertificateSource>,
-        ciphers: Ciphers,
-        clock: Clock,
-        chance: Chance,
-        tasks: &TaskGroup,
-    ) -> Self {
+    /// Starts the manager as a task of `tasks`.
+    pub fn new(by: Means, tasks: &TaskGroup) -> Self {
         let inner = Arc::new(Inner {
-            source,
-            ciphers,
-            clock,
-            chance,
+            by,
             certificates: RwLock::default(),
             schedule: Mutex::default(),
             errors: Mutex::default(),
@@ -244,7 +244,7 @@ impl CertificateManager {
     /// The certificate of `identity`, if there is a valid one now.
     pub fn current(&self, identity: &Identity) -> Option<Arc<WorkloadCertificate>> {
         let held = self.inner.certificates.read().get(identity).cloned()?;
-        (held.not_after > self.inner.clock.now()).then_some(held)
+        (held.not_after > self.inner.by.clock.now()).then_some(held)
     }
 
     /// The certificate of `identity`; waits up to [`HOLD`] for the first. One that nobody wants is fetched all the
@@ -314,7 +314,7 @@ async fn run(inner: Arc<Inner>) {
             (schedule.start(now), schedule.next_due())
         };
         for identity in start {
-            running.push(fetch(&*inner.source, identity));
+            running.push(fetch(&*inner.by.source, identity));
         }
         let due = async {
             match next {
@@ -344,7 +344,7 @@ impl Inner {
     fn fetched(&self, identity: &Identity, outcome: Result<Issued, FetchError>) {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let usable = outcome.and_then(|issued| {
-            let certificate = WorkloadCertificate::new(issued, generation, self.ciphers)
+            let certificate = WorkloadCertificate::new(issued, generation, self.by.ciphers)
                 .map_err(|error| unusable(&error))?;
             match &certificate.identity {
                 got if got == identity => Ok(certificate),
@@ -361,8 +361,8 @@ impl Inner {
         let renew = schedule::renew_in(
             certificate.not_before,
             certificate.not_after,
-            self.clock.now(),
-            self.chance.fraction(),
+            self.by.clock.now(),
+            self.by.chance.fraction(),
         );
         let now = Instant::now();
         let kept = self.schedule.lock().succeeded(identity, now, now + renew);
@@ -375,10 +375,10 @@ impl Inner {
     }
 
     fn failed(&self, identity: &Identity, error: &FetchError) {
-        let wait = self.schedule.lock().failed(identity, Instant::now(), self.chance.fraction());
+        let wait = self.schedule.lock().failed(identity, Instant::now(), self.by.chance.fraction());
         self.errors.lock().insert(identity.clone(), error.to_string());
         let held = self.certificates.read().get(identity).cloned();
-        let left = held.as_ref().map(|c| c.not_after.duration_since(self.clock.now()).unwrap_or_default());
+        let left = held.as_ref().map(|c| c.not_after.duration_since(self.by.clock.now()).unwrap_or_default());
         // The back-off bounds these to one line per identity and second, and soon far fewer.
         match left {
             Some(left) if left > Duration::ZERO => {

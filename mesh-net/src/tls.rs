@@ -104,6 +104,19 @@ pub fn root_store(roots: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore
     Ok(Arc::new(store))
 }
 
+/// What either end of a tunnel is built of.
+#[derive(Clone, Copy, Debug)]
+pub struct Material<'a> {
+    /// Its certificate, leaf first.
+    pub chain: &'a [CertificateDer<'static>],
+    /// The key of the leaf.
+    pub key: &'a PrivateKeyDer<'static>,
+    /// Whom it trusts.
+    pub roots: &'a Arc<RootCertStore>,
+    /// What it may use.
+    pub ciphers: Ciphers,
+}
+
 /// A server that proves one workload and insists on clients of its trust domain.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
@@ -116,20 +129,14 @@ impl ServerTls {
     ///
     /// # Errors
     /// Certificate, key or roots that cannot be used.
-    pub fn new(
-        identity: &Identity,
-        chain: &[CertificateDer<'static>],
-        key: &PrivateKeyDer<'static>,
-        roots: Arc<RootCertStore>,
-        ciphers: Ciphers,
-    ) -> Result<Self, TlsError> {
-        let provider = provider(ciphers);
-        let verifier = VerifyClient::new(roots, &provider, identity.trust_domain.clone())?;
+    pub fn new(identity: &Identity, of: Material<'_>) -> Result<Self, TlsError> {
+        let provider = provider(of.ciphers);
+        let verifier = VerifyClient::new(of.roots.clone(), &provider, identity.trust_domain.clone())?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(VERSIONS)
             .map_err(TlsError::Configuration)?
             .with_client_cert_verifier(Arc::new(verifier))
-            .with_single_cert(chain.to_vec(), key.clone_key())
+            .with_single_cert(of.chain.to_vec(), of.key.clone_key())
             .map_err(TlsError::Configuration)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.send_tls13_tickets = 0;
@@ -169,26 +176,21 @@ impl ClientTls {
     ///
     /// # Errors
     /// Certificate or key that cannot be used.
-    pub fn new(
-        chain: &[CertificateDer<'static>],
-        key: &PrivateKeyDer<'static>,
-        roots: Arc<RootCertStore>,
-        ciphers: Ciphers,
-    ) -> Result<Self, TlsError> {
-        let provider = provider(ciphers);
-        let nobody = VerifyServer::new(roots.clone(), provider.clone(), Vec::new());
+    pub fn new(of: Material<'_>) -> Result<Self, TlsError> {
+        let provider = provider(of.ciphers);
+        let nobody = VerifyServer::new(of.roots.clone(), provider.clone(), Vec::new());
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(VERSIONS)
             .map_err(TlsError::Configuration)?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(nobody))
-            .with_client_auth_cert(chain.to_vec(), key.clone_key())
+            .with_client_auth_cert(of.chain.to_vec(), of.key.clone_key())
             .map_err(TlsError::Configuration)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
         config.enable_secret_extraction = true;
-        Ok(Self { base: Arc::new(config), roots })
+        Ok(Self { base: Arc::new(config), roots: of.roots.clone() })
     }
 
     /// The client's side of a handshake with one of `expect`; returns who it is. An empty list never succeeds. No

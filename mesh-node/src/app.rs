@@ -11,7 +11,7 @@ use mesh_net::{
     drain::{self, Draining},
     grpc::{self, ChannelConfig},
     identity::{
-        CertificateManager,
+        CertificateManager, Means,
         request::{Asking, CaClient},
     },
     listen::Reserve,
@@ -81,7 +81,8 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     };
     let ca = Arc::new(CaClient::new(grpc::channel(&control)?, Asking::ForPods));
     let chance = Chance::random();
-    let certificates = CertificateManager::new(ca, config.ciphers, Clock::system(), chance.clone(), &tasks);
+    let means = Means { source: ca, ciphers: config.ciphers, clock: Clock::system(), chance: chance.clone() };
+    let certificates = CertificateManager::new(means, &tasks);
 
     let table = watch::Sender::new(Arc::new(Table::default()));
     let agent = Arc::new(Agent {

@@ -363,6 +363,10 @@ mod tests {
         check("n/1", "--node: \"n/1\" is not");
         check("N1", "--node: \"N1\" is not");
         check("n1.example", "fine");
+        for (require_aes256, ciphers) in [(false, Ciphers::Aes), (true, Ciphers::Aes256)] {
+            let settings = Settings { require_aes256, ..settings(directory.path(), "n1") };
+            assert_eq!(Config::new(&settings).unwrap().ciphers, ciphers);
+        }
         fs::write(directory.path().join("roots.pem"), "nothing").unwrap();
         check("n1", "--control-roots: ");
         fs::write(directory.path().join("roots.pem"), "-----BEGIN CERTIFICATE-----").unwrap();
@@ -379,6 +383,7 @@ mod tests {
             panic!("not run");
         };
         assert_eq!((settings.node.as_str(), settings.log_format), ("n1", LogFormat::Json));
+        assert!(!settings.require_aes256);
         let on_a_cluster = "mesh-node run --node n1 --control undermesh-control.undermesh-system.svc:15012 \
                             --control-roots r --credential c --state-dir /var/lib/undermesh --enrol-from=feed \
                             --cni-bin-dir b --cni-conf-dir c --cni-plugin p --cni-exempt=kube-system,x";

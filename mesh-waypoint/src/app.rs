@@ -15,7 +15,7 @@ use mesh_net::{
     feed::{self, Apply, Feed, FeedConfig, FeedHandle},
     grpc::{ChannelConfig, GrpcError, channel},
     identity::{
-        CertificateManager,
+        CertificateManager, Means,
         request::{Asking, CaClient},
     },
     listen::Reserve,
@@ -156,13 +156,13 @@ fn start(settings: &Settings, log: LogControl) -> Result<Running, StartError> {
     // Who we are.
     let control = control_of(settings);
     let ca = CaClient::new(channel(&control)?, Asking::ForItself);
-    let certificates = CertificateManager::new(
-        Arc::new(ca),
-        Ciphers::default(),
-        Clock::system(),
-        Chance::random(),
-        &background,
-    );
+    let means = Means {
+        source: Arc::new(ca),
+        ciphers: Ciphers::default(),
+        clock: Clock::system(),
+        chance: Chance::random(),
+    };
+    let certificates = CertificateManager::new(means, &background);
     certificates.want(&own);
 
     // What we serve.

@@ -38,6 +38,13 @@ struct World {
     _tasks: TaskGroup,
 }
 
+fn manager(source: Arc<dyn CertificateSource>, clock: Clock, tasks: &TaskGroup) -> CertificateManager {
+    CertificateManager::new(
+        Means { source, ciphers: Ciphers::default(), clock, chance: Chance::seeded(3) },
+        tasks,
+    )
+}
+
 fn world() -> World {
     let clock = Clock::following_tokio(SystemTime::now());
     let source = Arc::new(Scripted {
@@ -49,8 +56,7 @@ fn world() -> World {
         most: 0.into(),
     });
     let tasks = TaskGroup::new();
-    let manager =
-        CertificateManager::new(source.clone(), Ciphers::default(), clock, Chance::seeded(3), &tasks);
+    let manager = manager(source.clone(), clock, &tasks);
     World { source, manager, _tasks: tasks }
 }
 
@@ -142,13 +148,7 @@ async fn a_certificate_for_somebody_else_is_not_installed() {
         }
     }
     let tasks = TaskGroup::new();
-    let manager = CertificateManager::new(
-        Arc::new(Liar(MiniCa::new())),
-        Ciphers::default(),
-        Clock::system(),
-        Chance::seeded(1),
-        &tasks,
-    );
+    let manager = manager(Arc::new(Liar(MiniCa::new())), Clock::system(), &tasks);
     manager.want(&id(0));
     assert_eq!(manager.get(&id(0)).await.unwrap_err(), Flag::CertificateMissing);
     let error = manager.status()[0].error.clone().unwrap();

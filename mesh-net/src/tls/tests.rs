@@ -5,7 +5,9 @@ use tokio_rustls::TlsConnector;
 
 use super::*;
 use crate::{
-    identity::WorkloadCertificate,
+    clock::{Chance, Clock},
+    identity::{CertificateManager, Means, WorkloadCertificate},
+    task::TaskGroup,
     testing::{Leaf, MiniCa},
 };
 
@@ -46,10 +48,11 @@ fn bent(ca: &MiniCa, leaf: Leaf) -> WorkloadCertificate {
     let issued = ca.issue(leaf);
     let store = root_store(&issued.roots).unwrap();
     let good = ca.certificate(&id("bent"));
+    let material = Material { chain: &issued.chain, key: &issued.key, roots: &store, ciphers: Ciphers::Aes };
     WorkloadCertificate::assembled(
         &good,
-        ServerTls::new(&id("bent"), &issued.chain, &issued.key, store.clone(), Ciphers::Aes).unwrap(),
-        ClientTls::new(&issued.chain, &issued.key, store, Ciphers::Aes).unwrap(),
+        ServerTls::new(&id("bent"), material).unwrap(),
+        ClientTls::new(material).unwrap(),
     )
 }
 
@@ -172,16 +175,22 @@ async fn no_client_certificate_no_entry() {
 
 #[tokio::test]
 async fn an_end_that_requires_aes_256_gets_it_or_nothing() {
-    let ca = MiniCa::new();
-    let of = |sa: &str, ciphers| WorkloadCertificate::new(ca.issue(Leaf::of(&id(sa))), 1, ciphers).unwrap();
+    let tasks = TaskGroup::new();
+    let ca = Arc::new(MiniCa::new());
+    let of = async |sa: &str, ciphers| {
+        let (clock, chance) = (Clock::system(), Chance::seeded(1));
+        let manager = CertificateManager::new(Means { source: ca.clone(), ciphers, clock, chance }, &tasks);
+        manager.want(&id(sa));
+        manager.get(&id(sa)).await.unwrap()
+    };
     for (client, server) in [(Ciphers::Aes256, Ciphers::Aes), (Ciphers::Aes, Ciphers::Aes256)] {
-        let (client, server) = (of("web", client), of("cart", server));
+        let (client, server) = (of("web", client).await, of("cart", server).await);
         let (at_client, at_server) = handshake(&client, vec![id("cart")], &server).await;
         assert_eq!((at_client.unwrap(), at_server.unwrap()), (id("cart"), id("web")));
     }
     // A client that has only AES-128.
     let (a, b) = duplex(64 << 10);
-    let tls = of("cart", Ciphers::Aes256).server_tls();
+    let tls = of("cart", Ciphers::Aes256).await.server_tls();
     let weak = CryptoProvider {
         cipher_suites: vec![rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256],
         ..(*provider(Ciphers::Aes)).clone()
