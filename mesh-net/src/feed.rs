@@ -22,7 +22,10 @@ use mesh_core::{
 };
 use prost::Message as _;
 use serde::Serialize;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming, client::Grpc};
 use tonic_prost::ProstCodec;
@@ -72,8 +75,8 @@ pub fn node(instance: &str, pod: &str, namespace: &str, metadata: &[(&str, &str)
 
 /// Puts a new world in force: kernel maps, routes, live connections.
 pub trait Apply: Send + Sync + 'static {
-    /// Returns when `world` is in force, or why it is not; `changes` lead from the last world that was to this one.
-    fn apply<'a>(&'a self, world: Arc<Snapshot>, changes: &'a [Change]) -> BoxFuture<'a, Result<(), String>>;
+    /// Returns when `world` is in force, or why it is not; then it is asked again after a while, with the newest world.
+    fn apply(&self, world: Arc<Snapshot>) -> BoxFuture<'_, Result<(), String>>;
 
     /// The server answered for this type; comes before the [`apply`](Self::apply) of what it said, for those who must
     /// not act on half a world.
@@ -105,7 +108,7 @@ pub type Again = (&'static str, Arc<str>);
 pub struct NothingToApply;
 
 impl Apply for NothingToApply {
-    fn apply<'a>(&'a self, _: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
+    fn apply(&self, _: Arc<Snapshot>) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(async { Ok(()) })
     }
 }
@@ -162,10 +165,12 @@ pub struct Feed {
     status: watch::Sender<FeedStatus>,
     /// Per type, every name that we hold or have rejected, with its version; empty asks to send it again.
     versions: HashMap<&'static str, HashMap<String, String>>,
-    /// Changes of worlds that could not be put in force.
-    unapplied: Vec<Change>,
     /// Resources that were refused and are in force after all: sent again, they are acknowledged.
     again: Option<mpsc::Receiver<Again>>,
+    /// Resources that were refused because the world could not be put in force. Once it is, they are asked for again.
+    owed: BTreeSet<Again>,
+    /// When a world that could not be put in force is tried again, and how often it was in vain.
+    retry: Option<(Instant, u32)>,
     /// Answers of this stream that wait for the other types.
     held: Vec<Held>,
 }
@@ -189,6 +194,7 @@ enum Event {
     Drain,
     Response(Result<Option<DeltaDiscoveryResponse>, Status>),
     Again(Again),
+    Retry,
 }
 
 impl Feed {
@@ -216,8 +222,9 @@ impl Feed {
             world,
             status,
             versions: HashMap::new(),
-            unapplied: Vec::new(),
             again: None,
+            owed: BTreeSet::new(),
+            retry: None,
             held: Vec::new(),
         };
         Ok((feed, FeedHandle { world: world_rx, status: status_rx }))
@@ -283,22 +290,21 @@ impl Feed {
         self.status.send_modify(|status| status.connected = true);
         // Those of a former stream are asked for again.
         self.held.clear();
+        self.owed.clear();
         loop {
             let event = tokio::select! {
                 () = draining.forced() => Event::Drain,
                 got = responses.message() => Event::Response(got),
                 again = next(&mut self.again) => Event::Again(again),
+                () = due(self.retry) => Event::Retry,
             };
             let requests_now = match event {
                 Event::Drain => return StreamEnd::Drain,
                 Event::Response(Ok(Some(response))) => self.response(response).await,
                 Event::Response(Ok(None)) => return StreamEnd::Closed,
                 Event::Response(Err(status)) => return StreamEnd::Failed(status),
-                Event::Again((type_url, name)) => vec![DeltaDiscoveryRequest {
-                    type_url: type_url.to_owned(),
-                    resource_names_subscribe: vec![name.to_string()],
-                    ..DeltaDiscoveryRequest::default()
-                }],
+                Event::Again(again) => once_more([again]),
+                Event::Retry => self.try_again().await,
             };
             for request in requests_now {
                 if !matches!(tokio::time::timeout(HOLD, requests.send(request)).await, Ok(Ok(()))) {
@@ -345,7 +351,6 @@ impl Feed {
         let batch = Batch::prepare(type_url, &response);
         let next = Arc::new(self.world.borrow().with(batch.changes.iter().cloned()));
         self.world.send_replace(next.clone());
-        self.unapplied.extend(batch.changes.iter().cloned());
         self.apply.answered(type_url);
         if self.apply.waits() {
             batch.remember(self.versions.entry(type_url).or_default(), false);
@@ -353,18 +358,44 @@ impl Feed {
             self.held.push(Held { type_url, batch, answer });
             return Vec::new();
         }
-        let applied = self.apply.apply(next.clone(), &self.unapplied).await;
-        match &applied {
-            Ok(()) => self.unapplied.clear(),
-            Err(reason) => tracing::error!(type_url, reason, "an update is not in force"),
-        }
+        let applied = self.put_in_force(next.clone()).await;
         let mut held = std::mem::take(&mut self.held);
         held.push(Held { type_url, batch, answer });
         let mut answers = Vec::with_capacity(held.len());
         for held in held {
             answers.push(self.answer(held, &next, &applied).await);
         }
+        if applied.is_ok() {
+            answers.extend(self.owed_now());
+        }
         answers
+    }
+
+    async fn put_in_force(&mut self, world: Arc<Snapshot>) -> Result<(), String> {
+        let applied = self.apply.apply(world).await;
+        match &applied {
+            Ok(()) => self.retry = None,
+            Err(reason) => {
+                let failures = self.retry.map_or(0, |(_, failures)| failures) + 1;
+                self.retry = Some((Instant::now() + self.wait(failures), failures));
+                tracing::error!(reason, failures, "an update is not in force");
+            }
+        }
+        applied
+    }
+
+    /// The next response may be hours away: what was refused is tried again without one, and its refusal taken back by
+    /// asking for it once more.
+    async fn try_again(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        let world = self.world.borrow().clone();
+        match self.put_in_force(world).await {
+            Ok(()) => self.owed_now(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn owed_now(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        once_more(std::mem::take(&mut self.owed))
     }
 
     /// ACK or NACK.
@@ -386,6 +417,7 @@ impl Feed {
         if let Err(reason) = applied {
             // By name each of them: those that a rejection does not name are taken for accepted.
             complaints.extend(batch.settled().map(|name| format!("{name}: not in force: {reason}")));
+            self.owed.extend(batch.settled().map(|name| (type_url, Arc::from(name))));
             if complaints.is_empty() {
                 complaints.push(format!("{type_url}: not in force: {reason}"));
             }
@@ -414,6 +446,27 @@ impl Feed {
                 status.rejected.insert(rejected.name.clone(), rejected.reason.clone());
             }
         });
+    }
+}
+
+/// Asks once more for resources, all of a type by one request.
+fn once_more(resources: impl IntoIterator<Item = Again>) -> Vec<DeltaDiscoveryRequest> {
+    let mut by_type: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (type_url, name) in resources {
+        by_type.entry(type_url).or_default().push(name.to_string());
+    }
+    let request = |(type_url, names): (&str, _)| DeltaDiscoveryRequest {
+        type_url: type_url.to_owned(),
+        resource_names_subscribe: names,
+        ..DeltaDiscoveryRequest::default()
+    };
+    by_type.into_iter().map(request).collect()
+}
+
+async fn due(retry: Option<(Instant, u32)>) {
+    match retry {
+        Some((at, _)) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

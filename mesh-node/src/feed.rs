@@ -45,7 +45,7 @@ struct InForce {
 }
 
 impl Apply for InForce {
-    fn apply<'a>(&'a self, world: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
+    fn apply(&self, world: Arc<Snapshot>) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(async move {
             self.agent.world.replace(world);
             self.agent.enforce().await.map_err(|error| error.to_string())

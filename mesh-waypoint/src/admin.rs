@@ -80,7 +80,7 @@ impl Admin {
                 own: self.waypoint.own.to_string(),
                 broken: listeners
                     .clone()
-                    .filter(|(_, bound)| bound.table.is_none())
+                    .filter(|(_, bound)| bound.table.is_err())
                     .map(|(at, _)| at.to_string())
                     .collect(),
                 listeners: listeners.map(|(at, bound)| (at.to_string(), &bound.listener)).collect(),

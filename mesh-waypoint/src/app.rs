@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use mesh_core::{
-    delta::Change,
+    delta::{Change, Rejected},
     proto::{TYPE_ADDRESS, TYPE_WAYPOINT},
     snapshot::Snapshot,
 };
@@ -81,36 +81,44 @@ pub enum StartError {
 struct Views {
     gateway: Gateway,
     sender: watch::Sender<Arc<View>>,
-    /// Identity of the configuration whose problems the control plane has been told.
-    told: Mutex<Option<usize>>,
+    /// What is wrong with the configuration in force; goes into the NACK of it.
+    problems: Mutex<Vec<String>>,
 }
 
 impl Views {
-    fn apply(&self, world: Arc<Snapshot>) -> Result<(), String> {
-        let own = world
-            .waypoints()
-            .find(|config| config.namespace == self.gateway.namespace && config.name == self.gateway.name)
-            .map(|config| Arc::as_ptr(config).addr());
+    fn put_in_force(&self, world: Arc<Snapshot>) {
         let (view, problems) = View::new(world, &self.gateway, &self.sender.borrow());
         self.sender.send_replace(Arc::new(view));
-        let mut told = self.told.lock();
-        if problems.is_empty() {
-            // Its address may be that of the next configuration, which has to be told of anew.
-            *told = None;
-            return Ok(());
-        }
-        // Only the configuration that has the problems is refused, not every later change of an address.
-        if *told == own {
-            return Ok(());
-        }
-        *told = own;
-        Err(problems.join("; "))
+        *self.problems.lock() = problems;
+    }
+
+    /// The gateway's own configuration, if it is among `changes` and has problems. What is right in it is in force.
+    fn refused(&self, changes: &[Change]) -> Option<Rejected> {
+        let own = changes.iter().any(|change| {
+            matches!(change, Change::Waypoint(config)
+                if config.namespace == self.gateway.namespace && config.name == self.gateway.name)
+        });
+        let problems = self.problems.lock();
+        (own && !problems.is_empty()).then(|| Rejected {
+            name: format!("{}/{}", self.gateway.namespace, self.gateway.name),
+            reason: problems.join("; "),
+        })
     }
 }
 
 impl Apply for Views {
-    fn apply<'a>(&'a self, world: Arc<Snapshot>, _: &'a [Change]) -> BoxFuture<'a, Result<(), String>> {
-        Box::pin(std::future::ready(self.apply(world)))
+    fn apply(&self, world: Arc<Snapshot>) -> BoxFuture<'_, Result<(), String>> {
+        self.put_in_force(world);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn not_in_force<'a>(
+        &'a self,
+        _: Arc<Snapshot>,
+        _: &'static str,
+        changes: &'a [Change],
+    ) -> BoxFuture<'a, Vec<Rejected>> {
+        Box::pin(std::future::ready(self.refused(changes).into_iter().collect()))
     }
 }
 
@@ -168,7 +176,7 @@ fn start(settings: &Settings, log: LogControl) -> Result<Running, StartError> {
     // What we serve.
     let gateway = gateway_of(settings);
     let (sender, views) = watch::channel(Arc::new(View::not_ready()));
-    let apply = Arc::new(Views { gateway, sender, told: Mutex::new(None) });
+    let apply = Arc::new(Views { gateway, sender, problems: Mutex::default() });
     let config =
         FeedConfig { channel: control, node: node_of(settings), types: vec![TYPE_ADDRESS, TYPE_WAYPOINT] };
     let (feed, handle) = Feed::new(config, apply, shared.clone(), Chance::random())?;
@@ -280,5 +288,68 @@ async fn sweep(waypoint: Arc<Waypoint>) {
     loop {
         tokio::time::sleep(SWEEP).await;
         waypoint.upstream.sweep();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::{
+        id::ServiceKey,
+        model::{Filters, Listener, PathMatch, RequestMatch, Route, RouteKind, RouteRule, WaypointConfig},
+    };
+
+    use super::*;
+
+    fn config(gateway: &str, service: &str, pattern: &str) -> Change {
+        let path = PathMatch::Regex(pattern.into());
+        let rule = RouteRule {
+            name: None,
+            filters: Filters::default(),
+            matches: vec![RequestMatch { path, method: None, headers: Vec::new(), query: Vec::new() }],
+            backends: Vec::new(),
+            request_timeout: None,
+            backend_timeout: None,
+        };
+        let route = Route {
+            kind: RouteKind::Http,
+            namespace: "shop".into(),
+            name: "r".into(),
+            created: 0,
+            hostnames: Vec::new(),
+            rules: vec![rule],
+        };
+        let listener = |service: &str, last: u8, routes| Listener {
+            service: ServiceKey::new("shop", service),
+            vips: vec![[10, 0, 0, last].into()],
+            port: 80,
+            http: true,
+            routes,
+        };
+        let listeners = vec![listener("web", 1, vec![route]), listener(service, 2, Vec::new())];
+        Change::Waypoint(Arc::new(WaypointConfig {
+            namespace: "shop".into(),
+            name: gateway.into(),
+            listeners,
+        }))
+    }
+
+    #[test]
+    fn its_own_configuration_is_refused_for_as_long_as_it_has_problems() {
+        let gateway = Gateway { namespace: "shop".into(), name: "gw".into(), node: "a".into() };
+        let (sender, _) = watch::channel(Arc::new(View::not_ready()));
+        let views = Views { gateway, sender, problems: Mutex::default() };
+        let mut world = Snapshot::default();
+        let mut refused = |change: Change| {
+            world = world.with([change.clone()]);
+            views.put_in_force(Arc::new(world.clone()));
+            views.refused(&[change]).map(|rejected| rejected.to_string())
+        };
+        assert_eq!(refused(config("gw", "api", "/v[0-9]+")), None);
+        let said = refused(config("gw", "api", "/v[0-9")).unwrap();
+        assert!(said.starts_with("shop/gw: ") && said.contains("web") && said.contains("port 80"), "{said}");
+        // Another's is none of its business, and what it did not change is still broken.
+        assert_eq!(refused(config("other", "api", "/v[0-9")), None);
+        assert!(refused(config("gw", "else", "/v[0-9")).is_some());
+        assert_eq!(refused(config("gw", "else", "/v[0-9]+")), None);
     }
 }

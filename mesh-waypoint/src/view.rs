@@ -34,20 +34,22 @@ use crate::{
 pub struct Bound {
     /// As configured.
     pub listener: Listener,
-    /// Compiled routes; `None` when the configuration could not be compiled: requests are refused.
-    pub table: Option<Table>,
+    /// Compiled routes, or why the configuration cannot be compiled: requests are refused then.
+    pub table: Result<Table, String>,
     /// Compiled filters, by index of route and rule.
     pub filters: Vec<Vec<RuleFilters>>,
 }
 
 impl Bound {
-    fn new(listener: &Listener) -> Result<Self, String> {
-        let table = route::compile(listener).map_err(|error| error.to_string())?;
-        Ok(Self { listener: listener.clone(), table: Some(table), filters: filters::compile(listener)? })
-    }
-
-    fn broken(listener: &Listener) -> Self {
-        Self { listener: listener.clone(), table: None, filters: Vec::new() }
+    fn new(listener: &Listener) -> Self {
+        let compiled = route::compile(listener)
+            .map_err(|error| error.to_string())
+            .and_then(|table| Ok((table, filters::compile(listener)?)));
+        let (table, filters) = match compiled {
+            Ok((table, filters)) => (Ok(table), filters),
+            Err(problem) => (Err(problem), Vec::new()),
+        };
+        Self { listener: listener.clone(), table, filters }
     }
 }
 
@@ -212,11 +214,11 @@ impl View {
             let known = addresses.clone().find_map(|at| before.listeners.get(&at));
             let bound = match known {
                 Some(bound) if bound.listener == *listener => bound.clone(),
-                _ => Arc::new(Bound::new(listener).unwrap_or_else(|error| {
-                    problems.push(format!("{} port {}: {error}", listener.service, listener.port));
-                    Bound::broken(listener)
-                })),
+                _ => Arc::new(Bound::new(listener)),
             };
+            if let Err(problem) = &bound.table {
+                problems.push(format!("{} port {}: {problem}", listener.service, listener.port));
+            }
             listeners.extend(addresses.map(|at| (at, bound.clone())));
         }
         (Self { snapshot, listeners, gateway: gateway.clone(), ready }, problems)
@@ -306,7 +308,7 @@ impl View {
         let table = bound
             .table
             .as_ref()
-            .ok_or_else(|| Unroutable::NoBackend("the routes of this service cannot be compiled".into()))?;
+            .map_err(|_| Unroutable::NoBackend("the routes of this service cannot be compiled".into()))?;
         let matched = match table.judge(head) {
             Verdict::Matched(matched) => matched,
             Verdict::NoMatch => return Err(Unroutable::NoRoute),
