@@ -22,7 +22,7 @@ use tokio::net::TcpStream;
 
 pub use self::{
     pool::{Certificates, Pool, PoolStatus},
-    serve::{Ended, Handshakes, Incoming, Serving, serve_connection},
+    serve::{Carrier, Ended, Handshakes, Incoming, Serving, serve_connection},
     stream::TunnelStream,
 };
 use crate::{

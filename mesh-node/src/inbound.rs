@@ -46,6 +46,10 @@ pub async fn serve(at: &Site, carrier: TcpStream, from: SocketAddr) {
 
 async fn accept(at: &Site, carrier: TcpStream, from: SocketAddr, to: SocketAddr) -> Result<Ended, Failure> {
     let _ = socket::tune(&carrier);
+    let carrier = match at.agent.handshakes.admit(carrier, from) {
+        Ok(carrier) => carrier,
+        Err(ended) => return Ok(ended),
+    };
     let own = at.agent.world.decide(|world| at.pod.owner.workload(world)).await?;
     let certificate = at
         .agent
@@ -57,10 +61,9 @@ async fn accept(at: &Site, carrier: TcpStream, from: SocketAddr, to: SocketAddr)
         tls: certificate.server_tls(),
         draining: at.pod.draining.clone(),
         tasks: at.pod.tasks.clone(),
-        handshakes: at.agent.handshakes.clone(),
     };
     let of_streams = at.clone();
-    let served = serve_connection(carrier, from, serving, move |incoming| {
+    let served = serve_connection(carrier, serving, move |incoming| {
         let at = of_streams.clone();
         async move { stream(&at, incoming, to.ip()).await }
     });

@@ -10,7 +10,7 @@ use mesh_core::{
 use mesh_net::{
     listen::{Accepting, Reserve, accept_loop},
     socket::{ListenOptions, canonical, into_tokio, listener, tune},
-    tunnel::{Certificates, Handshakes, Incoming, Serving, serve_connection},
+    tunnel::{Certificates, Ended, Handshakes, Incoming, Serving, serve_connection},
 };
 use tokio::net::{TcpListener, TcpStream};
 
@@ -73,27 +73,28 @@ async fn serve(cx: Tunnels, stream: TcpStream, peer: SocketAddr) {
     if let Err(error) = tune(&stream) {
         tracing::debug!(%error, %peer, "cannot tune a socket");
     }
-    let certificate = match cx.certificates.get(&cx.waypoint.own).await {
-        Ok(certificate) => certificate,
-        Err(flag) => {
-            cx.waypoint.metrics.shared.refuse(flag);
-            return tracing::debug!(%flag, %peer, "connection refused");
-        }
+    if let Err((flag, why)) = serve_carrier(&cx, stream, peer).await {
+        cx.waypoint.metrics.shared.refuse(flag);
+        tracing::debug!(%flag, %peer, why, "connection failed");
+    }
+}
+
+async fn serve_carrier(cx: &Tunnels, stream: TcpStream, peer: SocketAddr) -> Result<(), (Flag, String)> {
+    let failed = |ended: Ended| ended.flag().map_or(Ok(()), |flag| Err((flag, format!("{ended:?}"))));
+    let carrier = match cx.handshakes.admit(stream, peer) {
+        Ok(carrier) => carrier,
+        Err(ended) => return failed(ended),
     };
+    let certificate = cx.certificates.get(&cx.waypoint.own).await;
+    let certificate = certificate.map_err(|flag| (flag, "no certificate".to_owned()))?;
     let serving = Serving {
         tls: certificate.server_tls(),
         draining: cx.waypoint.draining.clone(),
         tasks: cx.waypoint.tasks.clone(),
-        handshakes: cx.handshakes.clone(),
     };
     let waypoint = cx.waypoint.clone();
-    let ended =
-        serve_connection(stream, peer, serving, move |incoming| serve_stream(waypoint.clone(), incoming))
-            .await;
-    if let Some(flag) = ended.flag() {
-        cx.waypoint.metrics.shared.refuse(flag);
-        tracing::debug!(%flag, %peer, ?ended, "connection failed");
-    }
+    let handler = move |incoming| serve_stream(waypoint.clone(), incoming);
+    failed(serve_connection(carrier, serving, handler).await)
 }
 
 /// What a CONNECT asks for.

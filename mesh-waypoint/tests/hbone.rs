@@ -20,6 +20,7 @@ use mesh_core::{flag::Flag, id::Identity, model::Health};
 use mesh_net::{
     BoxFuture,
     drain::Draining,
+    identity::WorkloadCertificate,
     task::TaskGroup,
     testing::{FixedCertificates, MiniCa},
     tunnel::{
@@ -97,14 +98,14 @@ async fn scene(declare: impl FnOnce(World) -> World) -> Scene {
         tls: certificates.get(&identity("reviews-v1")).await.unwrap().server_tls(),
         draining: Draining::never(),
         tasks: tasks.clone(),
-        handshakes: Handshakes::default(),
     };
     let (saw, group) = (seen.clone(), tasks.clone());
     tasks.spawn(async move {
         while let Ok((stream, peer)) = agent_socket.accept().await {
             let (serving, saw) = (serving.clone(), saw.clone());
             group.spawn(async move {
-                serve_connection(stream, peer, serving, move |incoming| agent(incoming, saw.clone())).await;
+                let carrier = Handshakes::default().admit(stream, peer).unwrap();
+                serve_connection(carrier, serving, move |incoming| agent(incoming, saw.clone())).await;
             });
         }
     });
@@ -246,4 +247,32 @@ async fn an_endpoint_that_is_somebody_else_is_not_used() {
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
     assert!(scene.seen.lock().unwrap().is_empty());
     scene.world.counted(&["istio_requests_total", "response_flags=\"UF\""]).await;
+}
+
+/// A control plane that does not answer.
+#[derive(Debug)]
+struct Never;
+
+impl Certificates for Never {
+    fn get<'a>(&'a self, _: &'a Identity) -> BoxFuture<'a, Result<Arc<WorkloadCertificate>, Flag>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test]
+async fn connections_that_wait_for_a_certificate_are_bounded() {
+    let world = World::new().service("reviews").apply();
+    let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = socket.local_addr().unwrap();
+    let waypoint = world.waypoint.clone();
+    let tunnels = Tunnels { waypoint, certificates: Arc::new(Never), handshakes: Handshakes::new(2, 2) };
+    let tasks = TaskGroup::new();
+    tasks.spawn(listeners::run(tunnels, socket, None));
+    let mut clients = Vec::new();
+    for _ in 0..3 {
+        clients.push(TcpStream::connect(at).await.unwrap());
+    }
+    world.counted(&["undermesh_refused_total", Flag::Overload.code(), "} 1"]).await;
+    assert_eq!(clients[2].read(&mut [0]).await.unwrap(), 0);
+    drop(clients);
 }

@@ -416,7 +416,15 @@ impl World {
     /// # Errors
     /// When it does not run.
     pub fn kill_control(&self) -> anyhow::Result<()> {
-        end(self.status()?.control.pid.context("the control plane does not run")?)
+        end(self.control_pid()?)
+    }
+
+    /// Process of the control plane.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn control_pid(&self) -> anyhow::Result<u32> {
+        self.status()?.control.pid.context("the control plane does not run")
     }
 
     /// Name of the local mesh.

@@ -5,17 +5,23 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
+    path::Path,
     process::ExitCode,
 };
 
 use anyhow::{Context as _, ensure};
+use mesh_core::tunnel::HBONE_PORT;
 use mesh_tests::{
     Pod, Suite, World,
     peer::{Outcome, Server, dial, greet_and_echo, ping, talk},
     wait,
     world::{Family, two_nodes},
 };
-use nix::libc;
+use nix::{
+    libc,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 const PORT: u16 = 8080;
 /// Connections that one pod may have here.
@@ -78,6 +84,7 @@ fn main() -> ExitCode {
     suite.case("a_pod_that_is_called_too_much_is_refused_while_others_go_on", called_too_much);
     suite.case("an_agent_without_descriptors_turns_clients_away_and_recovers", out_of_descriptors);
     suite.case("peers_that_begin_a_handshake_and_say_no_more_hold_nobody_up", half_open);
+    suite.case("peers_that_wait_for_an_agent_without_a_world_are_bounded", waiting);
     suite.case("a_debug_build_forwards_what_the_programs_log", programs_log);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
@@ -176,6 +183,40 @@ fn half_open(fixture: &Fixture) -> anyhow::Result<()> {
         ensure!(ended, "a peer that says nothing is held: {read:?}");
     }
     Ok(())
+}
+
+/// More than one address may have handshakes.
+const WAITING: usize = 300;
+
+fn waiting(fixture: &Fixture) -> anyhow::Result<()> {
+    let (agent, control) = (fixture.world.agent_pid("n2")?, fixture.world.control_pid()?);
+    signal(control, Signal::SIGSTOP)?;
+    let outcome = overload(fixture, agent);
+    signal(control, Signal::SIGCONT)?;
+    outcome?;
+    fixture.world.in_force()?;
+    let to = fixture.far.at(Family::V4, PORT)?;
+    wait::until_true("a good client to be served again", || talk(&fixture.client, to).greeted())
+}
+
+/// An agent that is started while the control plane is away has neither a world nor certificates.
+fn overload(fixture: &Fixture, agent: u32) -> anyhow::Result<()> {
+    let tunnels = fixture.far.at(Family::V4, HBONE_PORT)?;
+    signal(agent, Signal::SIGKILL)?;
+    wait::until_true("another agent to listen", || {
+        !Path::new(&format!("/proc/{agent}")).exists() && dial(&fixture.outsider, tunnels).is_ok()
+    })?;
+    let held: Vec<_> = (0..WAITING).map(|_| dial(&fixture.outsider, tunnels)).collect::<Result<_, _>>()?;
+    wait::until("the first of them to be turned away", || {
+        let log = fixture.world.log("n2").map_err(|error| format!("{error:#}"))?;
+        if log.contains("too many handshakes") { Ok(()) } else { Err("none is".to_owned()) }
+    })?;
+    drop(held);
+    Ok(())
+}
+
+fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+    kill(Pid::from_raw(i32::try_from(pid)?), signal).with_context(|| format!("{signal} to {pid}"))
 }
 
 fn programs_log(fixture: &Fixture) -> anyhow::Result<()> {

@@ -62,6 +62,16 @@ impl Handshakes {
         Self { all: Arc::new(Semaphore::new(all)), per_source, sources: Arc::default() }
     }
 
+    /// A connection that has arrived, with its slot. To be asked for before anything is waited for on its behalf: what
+    /// waits for a certificate is as expensive as what waits for its peer.
+    ///
+    /// # Errors
+    /// [`Ended::Overload`]; `io` is closed.
+    pub fn admit<T>(&self, io: T, peer_addr: SocketAddr) -> Result<Carrier<T>, Ended> {
+        let slot = self.begin(peer_addr.ip()).ok_or(Ended::Overload)?;
+        Ok(Carrier { io, peer_addr, slot })
+    }
+
     /// A slot, or none: the connection is closed rather than queued, its client may come again.
     pub fn begin(&self, source: IpAddr) -> Option<HandshakeSlot> {
         let permit = self.all.clone().try_acquire_owned().ok()?;
@@ -96,6 +106,14 @@ impl Drop for HandshakeSlot {
     }
 }
 
+/// A connection whose handshake may begin.
+#[derive(Debug)]
+pub struct Carrier<T> {
+    io: T,
+    peer_addr: SocketAddr,
+    slot: HandshakeSlot,
+}
+
 /// What a tunnel server needs beside a connection.
 #[derive(Clone)]
 pub struct Serving {
@@ -105,8 +123,6 @@ pub struct Serving {
     pub draining: Draining,
     /// Parent of the streams.
     pub tasks: TaskGroup,
-    /// Shared by all servers of the process.
-    pub handshakes: Handshakes,
 }
 
 /// How a connection ended.
@@ -190,13 +206,13 @@ fn refuse(respond: &mut SendResponse<Bytes>, status: u16, flag: Flag) {
 }
 
 /// Serves one connection to its end; each stream becomes a task that runs `handler`.
-pub async fn serve_connection<T, H, F>(io: T, peer_addr: SocketAddr, cx: Serving, handler: H) -> Ended
+pub async fn serve_connection<T, H, F>(carrier: Carrier<T>, cx: Serving, handler: H) -> Ended
 where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     H: Fn(Incoming) -> F + Send,
     F: Future<Output = ()> + Send + 'static,
 {
-    let Some(slot) = cx.handshakes.begin(peer_addr.ip()) else { return Ended::Overload };
+    let Carrier { io, peer_addr, slot } = carrier;
     let established = tokio::select! {
         biased;
         () = cx.draining.started() => return Ended::Drained,

@@ -60,12 +60,7 @@ impl World {
     }
 
     fn serving(&self, certificate: &WorkloadCertificate) -> Serving {
-        Serving {
-            tls: certificate.server_tls(),
-            draining: self.draining.clone(),
-            tasks: self.tasks.clone(),
-            handshakes: Handshakes::default(),
-        }
+        Serving { tls: certificate.server_tls(), draining: self.draining.clone(), tasks: self.tasks.clone() }
     }
 
     /// A server that runs `handler` for each stream, and a channel of how its connections ended.
@@ -83,7 +78,7 @@ impl World {
             while let Ok((tcp, peer)) = listener.accept().await {
                 let (cx, handler, sender) = (cx.clone(), handler.clone(), sender.clone());
                 tasks.spawn(async move {
-                    let end = serve_connection(tcp, peer, cx, handler).await;
+                    let end = serve_connection(arrived(tcp, peer), cx, handler).await;
                     let _ = sender.send(end).await;
                 });
             }
@@ -101,6 +96,10 @@ impl World {
             connect: self.tcp.clone(),
         }
     }
+}
+
+fn arrived<T>(io: T, peer: SocketAddr) -> Carrier<T> {
+    Handshakes::default().admit(io, peer).unwrap()
 }
 
 /// Sends back what comes, and half-closes when the peer does.
@@ -285,7 +284,7 @@ async fn a_silent_client_is_cut_by_the_deadline() {
     let (_client, server) = duplex(1024);
     let cx = world.serving(&world.ca.certificate(&id("cart")));
     let begin = tokio::time::Instant::now();
-    let end = serve_connection(server, "10.0.0.1:5".parse().unwrap(), cx, echo).await;
+    let end = serve_connection(arrived(server, "10.0.0.1:5".parse().unwrap()), cx, echo).await;
     assert!(matches!(end, Ended::Deadline), "{end:?}");
     assert_eq!(begin.elapsed(), TLS_HANDSHAKE);
 }
@@ -296,7 +295,7 @@ async fn plaintext_is_a_tls_failure() {
     let (mut client, server) = duplex(1024);
     client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     let cx = world.serving(&world.ca.certificate(&id("cart")));
-    let end = serve_connection(server, "10.0.0.1:5".parse().unwrap(), cx, echo).await;
+    let end = serve_connection(arrived(server, "10.0.0.1:5".parse().unwrap()), cx, echo).await;
     assert_eq!(end.flag(), Some(Flag::TlsFailure));
 }
 
