@@ -251,7 +251,7 @@ pub struct Keeper {
 }
 
 enum Event {
-    Drain,
+    Forced,
     Asked(Option<Command>),
     Watch,
     Heal,
@@ -287,24 +287,31 @@ impl Keeper {
         Ok(self.persist()?)
     }
 
-    /// Serves requests until the drain.
+    /// Serves requests until the drain is forced. While it runs nothing is enrolled any more, but pods still end, and
+    /// their addresses go to others.
     pub async fn run(mut self, draining: Draining) {
         let mut watch = tokio::time::interval(WATCH);
         let mut heal = tokio::time::interval(HEAL);
         watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heal.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut asked_for = true;
         loop {
             let event = tokio::select! {
                 biased;
-                () = draining.started() => Event::Drain,
-                asked = self.commands.recv() => Event::Asked(asked),
+                () = draining.forced() => Event::Forced,
+                asked = self.commands.recv(), if asked_for => Event::Asked(asked),
                 _ = watch.tick() => Event::Watch,
                 _ = heal.tick() => Event::Heal,
             };
             match event {
-                Event::Drain | Event::Asked(None) => return,
+                Event::Forced => return,
+                // Those who ask go when the drain starts.
+                Event::Asked(None) => asked_for = false,
                 Event::Asked(Some(Command::Enrol(pod, reply))) => {
-                    let outcome = self.enrol(pod).await;
+                    let outcome = match draining.is_started() {
+                        true => Err(EnrolError::Draining),
+                        false => self.enrol(pod).await,
+                    };
                     // Whoever asked may be gone; the next request finds the pod as it is.
                     let _ = reply.send(outcome);
                 }
@@ -315,7 +322,12 @@ impl Keeper {
                 Event::Asked(Some(Command::ReleaseStrays(wanted, reply))) => {
                     let _ = reply.send(self.release_strays(&wanted));
                 }
-                Event::Watch => self.look().await,
+                Event::Watch => {
+                    self.bury().await;
+                    if !draining.is_started() {
+                        self.retry().await;
+                    }
+                }
                 Event::Heal => self.heal().await,
             }
         }
@@ -338,7 +350,7 @@ impl Keeper {
         let path = pod.netns.clone();
         let netns = blocking(move || Ok(Netns::open(&path)?)).await?;
         // A pod that ended may hold the address that this one got; nobody waited for its end.
-        self.look().await;
+        self.bury().await;
         let table = self.table.borrow().clone();
         let serving: Vec<Arc<Kept>> = table.serving.values().map(|pod| pod.kept.load_full()).collect();
         let held = serving.iter().map(|kept| (&**kept, Held::Serving));
@@ -496,8 +508,16 @@ impl Keeper {
         Ok(())
     }
 
-    /// Looks at the names of all namespaces, retries what failed, and buries what has left.
-    async fn look(&mut self) {
+    /// Tries again what failed.
+    async fn retry(&mut self) {
+        let table = self.table.borrow().clone();
+        for (kept, _) in table.failed.values() {
+            self.try_again(kept.clone()).await;
+        }
+    }
+
+    /// Looks at the names of all namespaces, and buries what has left.
+    async fn bury(&mut self) {
         let table = self.table.borrow().clone();
         let gone = |kept: &Kept| name_of(&kept.pod.netns, kept.netns) == Name::Gone;
         let serving = table.serving.values().map(|pod| pod.kept.load_full());
@@ -507,17 +527,10 @@ impl Keeper {
                 tracing::warn!(uid, error = chain(&error), "a vanished pod was not released cleanly");
             }
         }
-        for (kept, _) in table.failed.values() {
-            if gone(kept) {
-                if let Err(error) = self.release(&kept.pod.uid, Release::Deleted).await {
-                    tracing::warn!(
-                        uid = kept.pod.uid,
-                        error = chain(&error),
-                        "a vanished pod was not released"
-                    );
-                }
-            } else {
-                self.try_again(kept.clone()).await;
+        for (kept, _) in table.failed.values().filter(|(kept, _)| gone(kept)) {
+            if let Err(error) = self.release(&kept.pod.uid, Release::Deleted).await {
+                let uid = &kept.pod.uid;
+                tracing::warn!(uid, error = chain(&error), "a vanished pod was not released");
             }
         }
         for pod in &table.leaving {

@@ -11,6 +11,10 @@ use mesh_tests::{
     wire::Wire,
     world::{ENROLLED, Family, sleeper, two_nodes},
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 const PORT: u16 = 8080;
 const CANARY: &[u8] = b"PLAINTEXT-CANARY";
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
     suite.case("leaving_the_mesh_keeps_direct_connections", leaving);
     suite.case("what_was_open_before_enrolment_goes_on_until_strict_applies", earlier);
     suite.case("a_deleted_pod_ends_its_connections", deleted);
+    suite.case("a_pod_that_is_deleted_while_its_agent_drains_ends_its_connections", deleted_in_drain);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
@@ -265,5 +270,35 @@ fn deleted(fixture: &Fixture) -> anyhow::Result<()> {
     drop(server);
     fixture.world.apply(&[("extra.yaml", "")])?;
     ensure!(ended(&mut open), "a connection outlived its pod");
+    Ok(())
+}
+
+/// Of the log of an agent, what came after it began to drain.
+fn in_drain(log: &str) -> Option<&str> {
+    Some(log.rsplit_once("draining")?.1)
+}
+
+fn deleted_in_drain(fixture: &Fixture) -> anyhow::Result<()> {
+    let world = &fixture.world;
+    world.apply(&[("policy.yaml", ""), ("extra.yaml", &sleeper("mesh", "extra", "n2"))])?;
+    let extra = world.pod("mesh/extra")?;
+    let server = Server::start(&extra, PORT, greet_and_echo())?;
+    let mut open = fixture.open(&fixture.client, &extra, Family::V4)?;
+    let mut other = fixture.open(&fixture.client, &fixture.far, Family::V4)?;
+    drop(server);
+    let agent = world.agent_pid("n2")?;
+    kill(Pid::from_raw(i32::try_from(agent)?), Signal::SIGTERM)?;
+    wait::until_true("the drain to start", || world.log("n2").is_ok_and(|log| in_drain(&log).is_some()))?;
+    world.write("extra.yaml", "")?;
+    wait::until_true("the pod to be released", || {
+        world.log("n2").is_ok_and(|log| in_drain(&log).is_some_and(|log| log.contains("pod released")))
+    })?;
+    ensure!(ended(&mut open), "a connection outlived its pod");
+    // Not because the drain was over.
+    ping(&mut other, b"goes on while the agent drains")?;
+    drop(other);
+    wait::until_true("another agent", || world.agent_pid("n2").is_ok_and(|pid| pid != agent))?;
+    world.in_force()?;
+    fixture.open(&fixture.client, &fixture.far, Family::V4)?;
     Ok(())
 }
