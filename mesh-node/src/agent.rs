@@ -260,7 +260,8 @@ impl Agent {
             let workload = pod.owner.workload(world).ok()?;
             let probe_ports =
                 world.pod(&pod.owner.uid).map(|pod| pod.probe_ports.clone()).unwrap_or_default();
-            Some(LocalWorkload { id: pod.slot.id, workload, probe_ports })
+            let addresses = pod.kept.load().pod.ips.clone();
+            Some(LocalWorkload { id: pod.slot.id, workload, addresses, probe_ports })
         };
         let local: Vec<LocalWorkload> = table.serving.values().filter_map(described).collect();
         lowering.lower(world, &self.node, &local)

@@ -26,6 +26,8 @@ pub struct LocalWorkload {
     pub id: u32,
     /// How the control plane describes it.
     pub workload: Arc<Workload>,
+    /// The addresses that it has here. The control plane may list fewer: those of its status.
+    pub addresses: Vec<IpAddr>,
     /// Ports that it declares for probes.
     pub probe_ports: BTreeSet<u16>,
 }
@@ -44,7 +46,24 @@ pub struct Lowering {
 }
 
 /// Who calls, and its verdicts.
-type Pair = (Arc<Workload>, Vec<(u16, PairVerdict)>);
+type Pair = (Party, Vec<(u16, PairVerdict)>);
+
+/// What a verdict depends on of each of the two pods.
+struct Party {
+    workload: Arc<Workload>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Party {
+    fn of(pod: &LocalWorkload) -> Self {
+        Self { workload: pod.workload.clone(), addresses: pod.addresses.clone() }
+    }
+
+    /// By identity of the description: one that was sent again counts as another.
+    fn is(&self, pod: &LocalWorkload) -> bool {
+        Arc::ptr_eq(&self.workload, &pod.workload) && self.addresses == pod.addresses
+    }
+}
 
 /// The verdicts towards one pod.
 struct Row {
@@ -57,16 +76,17 @@ struct Row {
 
 /// What the verdicts towards a pod depend on, besides who calls.
 struct Basis {
-    workload: Arc<Workload>,
+    party: Party,
     policies: Applicable,
     services: Vec<Option<Arc<Service>>>,
     no_direct: bool,
 }
 
 impl Basis {
-    fn of(world: &Snapshot, workload: &Arc<Workload>) -> Self {
+    fn of(world: &Snapshot, pod: &LocalWorkload) -> Self {
+        let workload = &pod.workload;
         Self {
-            workload: workload.clone(),
+            party: Party::of(pod),
             policies: world.applicable(workload),
             services: workload.services.keys().map(|key| world.service(key).cloned()).collect(),
             no_direct: world.options().encrypt_same_node,
@@ -81,7 +101,8 @@ impl Basis {
             _ => false,
         };
         let (a, b) = (&self.policies, &other.policies);
-        Arc::ptr_eq(&self.workload, &other.workload)
+        Arc::ptr_eq(&self.party.workload, &other.party.workload)
+            && self.party.addresses == other.party.addresses
             && self.no_direct == other.no_direct
             && a.valid.len() == b.valid.len()
             && a.valid.iter().zip(&b.valid).all(|(a, b)| Arc::ptr_eq(a, b))
@@ -117,19 +138,14 @@ impl Lowering {
         self.rows.retain(|id, _| pods.iter().any(|pod| pod.id == *id));
         let mut verdicts = BTreeMap::new();
         for destination in pods {
-            let basis = Basis::of(world, &destination.workload);
+            let basis = Basis::of(world, destination);
             let known = self.rows.remove(&destination.id).filter(|row| row.basis.is(&basis));
             let mut row = known.unwrap_or_else(|| Row::new(world, basis));
-            row.from.retain(|id, (workload, _)| {
-                pods.iter().any(|pod| pod.id == *id && Arc::ptr_eq(&pod.workload, workload))
-            });
-            let served = in_the_mesh(&destination.workload);
+            row.from.retain(|id, (party, _)| pods.iter().any(|pod| pod.id == *id && party.is(pod)));
+            let served = as_served(destination);
             for source in pods.iter().filter(|source| source.id != destination.id) {
                 let (_, of_pair) = row.from.entry(source.id).or_insert_with(|| {
-                    (
-                        source.workload.clone(),
-                        pair(world, &in_the_mesh(&source.workload), &served, &row.ports),
-                    )
+                    (Party::of(source), pair(world, &as_served(source), &served, &row.ports))
                 });
                 for (port, verdict) in of_pair {
                     verdicts.insert((source.id, destination.id, *port), *verdict);
@@ -143,18 +159,25 @@ impl Lowering {
 
 impl Row {
     fn new(world: &Snapshot, basis: Basis) -> Self {
-        let ports = inbound::ports_of_interest(world, &basis.workload);
+        let ports = inbound::ports_of_interest(world, &basis.party.workload);
         Self { basis, ports, from: HashMap::new() }
     }
 }
 
 /// What is served here is in the mesh until it is released. The world may say earlier that a pod leaves; taking its
-/// verdicts back at that moment would cut the direct connections that it is to keep.
-fn in_the_mesh(workload: &Arc<Workload>) -> Arc<Workload> {
-    if workload.tunnel == TunnelProtocol::Hbone {
-        return workload.clone();
+/// verdicts back at that moment would cut the direct connections that it is to keep. And it calls from, and is called
+/// at, every address that it has, whether the world lists it or not.
+fn as_served(pod: &LocalWorkload) -> Arc<Workload> {
+    let listed = &pod.workload.addresses;
+    let unlisted: Vec<IpAddr> = pod.addresses.iter().filter(|ip| !listed.contains(ip)).copied().collect();
+    if pod.workload.tunnel == TunnelProtocol::Hbone && unlisted.is_empty() {
+        return pod.workload.clone();
     }
-    Arc::new(Workload { tunnel: TunnelProtocol::Hbone, ..(**workload).clone() })
+    Arc::new(Workload {
+        tunnel: TunnelProtocol::Hbone,
+        addresses: [&listed[..], &unlisted].concat(),
+        ..(*pod.workload).clone()
+    })
 }
 
 /// The verdicts of one pair: of any other port (0), and of the ports that differ from it.

@@ -59,7 +59,7 @@ impl Maps {
     fn of(state: &KernelState, pods: &[LocalWorkload], chance: u32) -> Self {
         let mut maps = Self { chance, ..Self::default() };
         for pod in pods {
-            for ip in &pod.workload.addresses {
+            for ip in &pod.addresses {
                 maps.local.insert((*ip).into(), LocalPod { netns: u64::from(pod.id), pod: pod.id, pad: 0 });
             }
         }
@@ -121,6 +121,13 @@ fn workload(number: u8, account: &str, waypoint: bool, policies: &[PolicyKey]) -
     }
 }
 
+/// What a pod has; on a second network more than the world is told of.
+fn addresses(number: u8, second_network: bool) -> Vec<IpAddr> {
+    let listed = [IpAddr::from([10, 1, 0, number]), format!("fd01::{number}").parse().unwrap()];
+    let unlisted = second_network.then(|| IpAddr::from([10, 2, 0, number]));
+    listed.into_iter().chain(unlisted).collect()
+}
+
 fn service(waypoint: bool) -> Service {
     Service {
         key: ServiceKey::new("shop", "svc"),
@@ -142,8 +149,10 @@ fn service(waypoint: bool) -> Service {
 fn arbitrary_match() -> impl Strategy<Value = Match> {
     let accounts = prop::collection::vec(prop::sample::select(vec!["a", "b", "c"]), 0..2);
     let ports = || prop::collection::vec(prop::sample::select(vec![80_u16, 8080, 9090, 15008]), 0..2);
-    let sources =
-        prop::collection::vec(prop::sample::select(vec!["10.1.0.0/31", "10.1.0.0/16", "fd01::/64"]), 0..2);
+    let sources = prop::collection::vec(
+        prop::sample::select(vec!["10.1.0.0/31", "10.1.0.0/16", "10.2.0.0/16", "fd01::/64"]),
+        0..2,
+    );
     (accounts, ports(), ports(), sources).prop_map(|(accounts, ports, not_ports, sources)| Match {
         principals: accounts
             .iter()
@@ -184,20 +193,23 @@ struct Case {
     options: MeshOptions,
     chance: u32,
     accounts: [&'static str; 3],
+    second_network: bool,
 }
 
 fn arbitrary_case() -> impl Strategy<Value = Case> {
     let account = || prop::sample::select(vec!["a", "b", "c"]);
     let policies = (0..4_usize).prop_flat_map(|count| (0..count).map(arbitrary_policy).collect::<Vec<_>>());
     let rare = || prop::bool::weighted(0.15);
-    (policies, rare(), (rare(), rare()), rare(), any::<u32>(), [account(), account(), account()]).prop_map(
-        |(policies, missing, waypoints, encrypt_same_node, chance, accounts)| Case {
+    let accounts = [account(), account(), account()];
+    (policies, rare(), (rare(), rare()), rare(), any::<u32>(), accounts, any::<bool>()).prop_map(
+        |(policies, missing, waypoints, encrypt_same_node, chance, accounts, second_network)| Case {
             policies,
             missing,
             waypoints,
             options: MeshOptions { encrypt_same_node, ..MeshOptions::default() },
             chance,
             accounts,
+            second_network,
         },
     )
 }
@@ -217,6 +229,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
         .map(|(number, account)| LocalWorkload {
             id: u32::from(number) + 1,
             workload: Arc::new(workload(number, account, case.waypoints.0 && number == 1, &bound)),
+            addresses: addresses(number, case.second_network),
             probe_ports: BTreeSet::new(),
         })
         .collect();
@@ -231,7 +244,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
     for source in &pods {
         let caller = caller(source.id, config);
         let vips = [IpAddr::from([10, 96, 0, 1]), "fd96::1".parse().unwrap()];
-        let all = pods.iter().flat_map(|pod| pod.workload.addresses.clone()).chain(vips);
+        let all = pods.iter().flat_map(|pod| pod.addresses.clone()).chain(vips);
         for ip in all {
             for port in [80, 8080, 9090, 15001, 15008, 1] {
                 let to = Target::from(SocketAddr::new(ip, port));
@@ -242,26 +255,27 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
                 }
                 let there = pods.iter().find(|pod| pod.id == verdict.local.pod).unwrap();
                 let reached = verdict.to.to_socket();
-                let source_ip =
-                    *source.workload.addresses.iter().find(|own| own.is_ipv4() == reached.is_ipv4()).unwrap();
-                let arrival = Arrival {
-                    peer: Some(source.workload.identity()),
-                    source_ip,
-                    destination_ip: reached.ip(),
-                    port: reached.port(),
-                    claimed_client: None,
-                };
-                let admitted = admit(&world, &there.workload, &arrival);
-                match verdict.way {
-                    Way::Direct => {
-                        prop_assert!(admitted.is_ok(), "{source_ip} -> {reached}: {admitted:?} in {case:?}");
-                        prop_assert!(!case.options.encrypt_same_node);
-                    }
-                    _ => {
-                        let flag = admitted.as_ref().err().map(|refusal| refusal.flag);
-                        let refused = [Flag::PolicyDenied, Flag::MtlsRequired, Flag::IllegalPort];
-                        let by_policy = flag.is_some_and(|flag| refused.contains(&flag));
-                        prop_assert!(by_policy, "{source_ip} -> {reached}: {admitted:?} in {case:?}");
+                let of_family = source.addresses.iter().filter(|own| own.is_ipv4() == reached.is_ipv4());
+                for source_ip in of_family.copied() {
+                    let arrival = Arrival {
+                        peer: Some(source.workload.identity()),
+                        source_ip,
+                        destination_ip: reached.ip(),
+                        port: reached.port(),
+                        claimed_client: None,
+                    };
+                    let admitted = admit(&world, &there.workload, &arrival);
+                    let said = || format!("{source_ip} -> {reached}: {admitted:?} in {case:?}");
+                    match verdict.way {
+                        Way::Direct => {
+                            prop_assert!(admitted.is_ok(), "{}", said());
+                            prop_assert!(!case.options.encrypt_same_node);
+                        }
+                        _ => {
+                            let flag = admitted.as_ref().err().map(|refusal| refusal.flag);
+                            let refused = [Flag::PolicyDenied, Flag::MtlsRequired, Flag::IllegalPort];
+                            prop_assert!(flag.is_some_and(|flag| refused.contains(&flag)), "{}", said());
+                        }
                     }
                 }
             }
@@ -284,6 +298,7 @@ enum Step {
     Policy(Box<Policy>),
     NoPolicy(usize),
     Pod(u8, &'static str, bool),
+    Addresses(u8, bool),
     Leaves(u8),
     Service(bool),
     Options(bool),
@@ -295,6 +310,7 @@ fn arbitrary_step() -> impl Strategy<Value = Step> {
         (0..3_usize).prop_map(Step::NoPolicy),
         (0..4_u8, prop::sample::select(vec!["a", "b", "c"]), any::<bool>())
             .prop_map(|(number, account, waypoint)| Step::Pod(number, account, waypoint)),
+        (0..4_u8, any::<bool>()).prop_map(|(number, second)| Step::Addresses(number, second)),
         (0..4_u8).prop_map(Step::Leaves),
         any::<bool>().prop_map(Step::Service),
         prop::bool::weighted(0.2).prop_map(Step::Options),
@@ -311,31 +327,42 @@ proptest! {
         let bound: Vec<_> = (0..3).map(|number| PolicyKey::new("shop", &format!("policy{number}"))).collect();
         for step in steps {
             let change = match step {
-                Step::Policy(policy) => Change::Policy(Arc::new(*policy)),
-                Step::NoPolicy(number) => Change::Removed {
+                Step::Policy(policy) => Some(Change::Policy(Arc::new(*policy))),
+                Step::NoPolicy(number) => Some(Change::Removed {
                     type_url: mesh_core::proto::TYPE_AUTHORIZATION,
                     name: format!("shop/policy{number}").into(),
-                },
+                }),
                 Step::Pod(number, account, waypoint) => {
                     let workload = Arc::new(workload(number, account, waypoint, &bound));
                     let id = u32::from(number) + 1;
                     pods.retain(|pod| pod.id != id);
-                    pods.push(LocalWorkload { id, workload: workload.clone(), probe_ports: [8080, 15008].into() });
-                    Change::Workload(workload)
+                    pods.push(LocalWorkload {
+                        id,
+                        workload: workload.clone(),
+                        addresses: addresses(number, false),
+                        probe_ports: [8080, 15008].into(),
+                    });
+                    Some(Change::Workload(workload))
+                }
+                Step::Addresses(number, second_network) => {
+                    if let Some(pod) = pods.iter_mut().find(|pod| pod.id == u32::from(number) + 1) {
+                        pod.addresses = addresses(number, second_network);
+                    }
+                    None
                 }
                 Step::Leaves(number) => {
                     pods.retain(|pod| pod.id != u32::from(number) + 1);
-                    Change::Removed {
+                    Some(Change::Removed {
                         type_url: mesh_core::proto::TYPE_ADDRESS,
                         name: format!("Kubernetes//Pod/shop/p{number}").into(),
-                    }
+                    })
                 }
-                Step::Service(waypoint) => Change::Service(Arc::new(service(waypoint))),
+                Step::Service(waypoint) => Some(Change::Service(Arc::new(service(waypoint)))),
                 Step::Options(encrypt_same_node) => {
-                    Change::Options(MeshOptions { encrypt_same_node, ..MeshOptions::default() })
+                    Some(Change::Options(MeshOptions { encrypt_same_node, ..MeshOptions::default() }))
                 }
             };
-            world = world.with([change]);
+            world = world.with(change);
             let lowered = lowering.lower(&world, "n1", &pods);
             let declared: BTreeSet<_> = pods.iter().map(|pod| (pod.id, 8080)).collect();
             prop_assert_eq!(&lowered.probes, &declared);
@@ -352,6 +379,7 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
             .map(|number| LocalWorkload {
                 id: u32::from(number) + 1,
                 workload: Arc::new(workload(number, "a", waypoints.0 && number == 1, &[])),
+                addresses: addresses(number, false),
                 probe_ports: BTreeSet::new(),
             })
             .collect();
@@ -390,4 +418,40 @@ fn direct_is_taken_when_and_only_when_nothing_needs_the_agent() {
     // A service's waypoint covers its own port, reached by the pod's address too.
     assert_eq!(ways(vec![], (false, true), false), [Way::Agent, Way::Direct, Way::Agent]);
     assert_eq!(ways(vec![], (false, false), true)[..2], [Way::Agent; 2]);
+}
+
+/// The world is the same, and what it was lowered to before is kept: only the pod's own addresses tell.
+#[test]
+fn an_address_that_appears_takes_back_what_depends_on_it() {
+    let within = |item: Match| Policy {
+        key: PolicyKey::new("shop", "p"),
+        scope: Scope::Namespace,
+        action: Action::Allow,
+        rules: vec![Rule { clauses: vec![Clause { matches: vec![item] }] }],
+        dry_run: false,
+    };
+    let network = || vec!["10.1.0.0/16".parse().unwrap(), "fd01::/64".parse().unwrap()];
+    let from = Match { source_ips: network(), ..Match::default() };
+    let to = Match { destination_ips: network(), ..Match::default() };
+    for (policy, changes) in [(from, 0_u8), (to, 1)] {
+        let mut pods: Vec<_> = (0..2_u8)
+            .map(|number| LocalWorkload {
+                id: u32::from(number) + 1,
+                workload: Arc::new(workload(number, "a", false, &[])),
+                addresses: addresses(number, false),
+                probe_ports: BTreeSet::new(),
+            })
+            .collect();
+        let described = pods.iter().map(|pod| Change::Workload(pod.workload.clone()));
+        let others = [Change::Policy(Arc::new(within(policy))), Change::Service(Arc::new(service(false)))];
+        let world = Snapshot::default().with(described.chain(others));
+        let mut lowering = Lowering::default();
+        let mut verdict =
+            |pods: &[LocalWorkload]| lowering.lower(&world, "n1", pods).verdicts.get(&(1, 2, 0)).copied();
+        assert_eq!(verdict(&pods), Some(PairVerdict::Allow));
+        pods[usize::from(changes)].addresses = addresses(changes, true);
+        assert_eq!(verdict(&pods), None);
+        pods[usize::from(changes)].addresses = addresses(changes, false);
+        assert_eq!(verdict(&pods), Some(PairVerdict::Allow));
+    }
 }
