@@ -232,24 +232,25 @@ impl Agent {
         // Without a world the pinned maps stay as they are: what was permitted before a restart goes on.
         let Some(world) = world else { return Ok(()) };
         let report = self.kernel.sync(&self.lower(&mut enforcing.lowering, &world, &table));
-        *self.out_of_line.lock() = report.as_ref().err().map(ToString::to_string);
         if let Ok(report) = &report {
             self.direct.were_cut(&report.cut);
         }
         let mut swept = self.connections.sweep(&world, Instant::now());
-        if report.is_err() {
+        // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
+        // asks the policies themselves, and ends what is undecided for too long.
+        let direct = self.direct.sweep(self, &world, &table, &mut swept);
+        let outcome = report.and_then(|report| direct.map(|()| report));
+        *self.out_of_line.lock() = outcome.as_ref().err().map(ToString::to_string);
+        if outcome.is_err() {
             // The next change may be hours away.
             swept.look_again(Instant::now() + AGAIN);
         }
-        // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
-        // asks the policies themselves, and ends what is undecided for too long.
-        swept.merge(self.direct.sweep(self, &world, &table));
         swept.cut += self.earlier.sweep(self, &world, &table);
         if swept.cut > 0 {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");
         }
         self.again.send_replace(swept.again);
-        let report = report?;
+        let report = outcome?;
         tracing::debug!(?report, "the kernel is in line");
         Ok(())
     }

@@ -226,12 +226,6 @@ impl Swept {
     pub fn look_again(&mut self, until: Instant) {
         self.again = Some(self.again.map_or(until, |earlier| earlier.min(until)));
     }
-
-    /// Both sweeps as one.
-    pub fn merge(&mut self, other: Self) {
-        self.cut += other.cut;
-        other.again.into_iter().for_each(|until| self.look_again(until));
-    }
 }
 
 impl Connections {

@@ -20,7 +20,7 @@ use crate::{
     agent::Agent,
     connections::{End, Swept},
     inbound::arrival,
-    kernel::{self, DirectFlow, Events, Kernel, KernelEvent, PodSlot, flag_of},
+    kernel::{self, DirectFlow, Events, Kernel, KernelError, KernelEvent, PodSlot, flag_of},
     pods::{Pod, Table},
     report::{self, Failure, Told},
     world::not_known_yet,
@@ -81,19 +81,21 @@ fn by_slot(table: &Table) -> BTreeMap<PodSlot, &Arc<Pod>> {
 
 impl Direct {
     /// Decides every live direct flow again and destroys what is denied now. A flow of a pod that has left the mesh is
-    /// no longer the mesh's to decide.
-    pub fn sweep(&self, agent: &Agent, world: &Snapshot, table: &Table) -> Swept {
-        let kernel = &agent.kernel;
-        let flows = match kernel.direct_flows() {
-            Ok(flows) => flows,
-            Err(error) => {
-                tracing::error!(%error, "live direct flows cannot be listed");
-                return Swept::default();
-            }
-        };
+    /// no longer the mesh's to decide. What was done is added to `swept`.
+    ///
+    /// # Errors
+    /// The flows cannot be listed, or one that is denied lives on; the others have been dealt with.
+    pub fn sweep(
+        &self,
+        agent: &Agent,
+        world: &Snapshot,
+        table: &Table,
+        swept: &mut Swept,
+    ) -> Result<(), KernelError> {
+        let flows = agent.kernel.direct_flows()?;
         let serving: BTreeMap<PodSlot, &Arc<Pod>> =
             table.serving.values().map(|pod| (pod.slot, pod)).collect();
-        let (mut swept, now) = (Swept::default(), Instant::now());
+        let (now, mut denied) = (Instant::now(), Vec::new());
         let live: HashSet<u64> = flows.iter().map(|flow| flow.socket).collect();
         self.bury(agent, &live, now);
         let mut undecided = self.undecided.lock();
@@ -109,13 +111,36 @@ impl Direct {
                     if now < until {
                         swept.look_again(until);
                     } else {
-                        swept.cut += self.destroy(kernel, flow);
+                        denied.push(flow);
                     }
                 }
-                Err(_) => swept.cut += self.destroy(kernel, flow),
+                Err(_) => denied.push(flow),
             }
         }
-        swept
+        drop(undecided);
+        self.cut(denied, |flow| agent.kernel.destroy(flow), &mut swept.cut)
+    }
+
+    /// Ends `flows`, and counts those that had not ended by themselves.
+    fn cut<'a>(
+        &self,
+        flows: impl IntoIterator<Item = &'a DirectFlow>,
+        destroy: impl Fn(&DirectFlow) -> Result<bool, KernelError>,
+        count: &mut usize,
+    ) -> Result<(), KernelError> {
+        let mut outcome = Ok(());
+        for flow in flows {
+            self.were_cut(std::slice::from_ref(flow));
+            match destroy(flow) {
+                Ok(ended) => *count += usize::from(ended),
+                // One that stays does not keep the others.
+                Err(error) => {
+                    tracing::error!(src = %flow.src, dst = %flow.dst, %error, "a direct flow could not be cut");
+                    outcome = Err(error);
+                }
+            }
+        }
+        outcome
     }
 
     /// Closes the records of what ended without the agent being told: the ring of events was full then.
@@ -135,12 +160,13 @@ impl Direct {
     }
 
     /// Destroys the direct flows of a pod.
-    pub fn cut_pod(&self, kernel: &Kernel, pod: PodSlot) {
-        for flow in kernel.direct_flows().unwrap_or_default() {
-            if flow.src_pod == pod || flow.dst_pod == pod {
-                self.destroy(kernel, &flow);
-            }
-        }
+    ///
+    /// # Errors
+    /// They cannot be listed, or one of them lives on.
+    pub fn cut_pod(&self, kernel: &Kernel, pod: PodSlot) -> Result<(), KernelError> {
+        let flows = kernel.direct_flows()?;
+        let own = flows.iter().filter(|flow| flow.src_pod == pod || flow.dst_pod == pod);
+        self.cut(own, |flow| kernel.destroy(flow), &mut 0)
     }
 
     /// Remembers that these were cut by a change of policy, for their records.
@@ -155,22 +181,11 @@ impl Direct {
         }
     }
 
-    fn destroy(&self, kernel: &Kernel, flow: &DirectFlow) -> usize {
-        self.were_cut(std::slice::from_ref(flow));
-        match kernel.destroy(flow) {
-            Ok(ended) => usize::from(ended),
-            Err(error) => {
-                tracing::error!(src = %flow.src, dst = %flow.dst, %error, "a denied direct flow could not be cut");
-                0
-            }
-        }
-    }
-
     /// All of them.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn list(&self, agent: &Agent) -> Result<Vec<ListedDirect>, crate::kernel::KernelError> {
+    pub fn list(&self, agent: &Agent) -> Result<Vec<ListedDirect>, KernelError> {
         let (world, table) = (agent.world.now(), agent.pods.borrow().clone());
         let slots = by_slot(&table);
         let flows = agent.kernel.direct_flows()?;
@@ -394,4 +409,41 @@ fn refused(
     }
     Told { source, destination, ..Told::default() }.count(&mut record, &agent.metrics, Side::Outbound);
     report::close(record, Err(failure));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flow(socket: u64) -> DirectFlow {
+        let pod = PodSlot { netns: 1, id: 1 };
+        DirectFlow {
+            src: "10.0.0.1:4660".parse().unwrap(),
+            dst: "10.0.0.2:80".parse().unwrap(),
+            dialled: None,
+            src_pod: pod,
+            dst_pod: pod,
+            established: true,
+            generation: 1,
+            opened_ns: 0,
+            socket,
+            server_socket: None,
+        }
+    }
+
+    #[test]
+    fn a_flow_that_cannot_be_cut_is_an_error_and_keeps_no_other() {
+        let (direct, flows, mut count) = (Direct::default(), [flow(1), flow(2), flow(3)], 0);
+        let tried = Mutex::new(Vec::new());
+        let destroy = |flow: &DirectFlow| {
+            tried.lock().push(flow.socket);
+            match flow.socket {
+                1 => Err(KernelError::Program { what: "end".to_owned(), why: "no".to_owned() }),
+                socket => Ok(socket == 2),
+            }
+        };
+        assert!(direct.cut(&flows, destroy, &mut count).is_err());
+        assert_eq!((tried.into_inner(), count), (vec![1, 2, 3], 1));
+        assert!(direct.cut(&flows[..0], |_| Ok(true), &mut count).is_ok());
+    }
 }

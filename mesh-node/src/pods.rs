@@ -484,12 +484,13 @@ impl Keeper {
         self.agent.connections.cut_pod(&pod.owner.uid, Flag::PodReleased, |_| true);
         pod.drain.force();
         let outcome = self.agent.kernel.release(pod.slot, Release::Deleted.into());
-        self.agent.direct.cut_pod(&self.agent.kernel, pod.slot);
+        let cut = self.agent.direct.cut_pod(&self.agent.kernel, pod.slot);
         pod.tasks.shutdown(FAREWELL).await;
         if pod.netns.name() == Name::Same {
             undo(&self.agent, pod).await;
         }
-        Ok(outcome?)
+        outcome?;
+        Ok(cut?)
     }
 
     fn leave(&mut self, pod: Arc<Pod>) -> Result<(), EnrolError> {

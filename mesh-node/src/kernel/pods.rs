@@ -31,7 +31,7 @@ pub type Served = BTreeMap<u64, Diag>;
 
 /// Ends both sockets of a direct flow. False when there was none any more.
 pub fn end(served: &Served, flow: &DirectFlow) -> Result<bool, KernelError> {
-    let mut ended = false;
+    let (mut ended, mut refused) = (false, None);
     // The server first: it must not get another byte.
     let ends = [
         (flow.dst_pod.netns, flow.dst, flow.src, flow.server_socket),
@@ -39,10 +39,13 @@ pub fn end(served: &Served, flow: &DirectFlow) -> Result<bool, KernelError> {
     ];
     for (netns, local, remote, cookie) in ends {
         let (Some(diag), Some(cookie)) = (served.get(&netns), cookie) else { continue };
-        ended |=
-            diag.end(local, remote, cookie).map_err(KernelError::io(format!("end {local} - {remote}")))?;
+        match diag.end(local, remote, cookie) {
+            Ok(one) => ended |= one,
+            // The other end may let itself be ended.
+            Err(error) => refused = Some(KernelError::io(format!("end {local} - {remote}"))(error)),
+        }
     }
-    Ok(ended)
+    refused.map_or(Ok(ended), Err)
 }
 
 impl Inner {

@@ -130,14 +130,15 @@ impl Inner {
         Ok(())
     }
 
-    /// Ends the direct flows that `want` does not permit. Flows of pods that have left go on.
+    /// Ends the direct flows that `want` does not permit; an error when one could not be ended. Flows of pods that have
+    /// left go on.
     fn sweep(
         &self,
         want: &KernelState,
         no_direct: bool,
         served: &Served,
     ) -> Result<Vec<DirectFlow>, KernelError> {
-        let mut cut = Vec::new();
+        let (mut cut, mut refused) = (Vec::new(), None);
         let enrolled = |netns| self.maps.pods.get(&netns).map(|pod| pod.is_some());
         for (_, record) in self.maps.flows.entries()? {
             if record.kind != FLOW_DIRECT {
@@ -150,11 +151,17 @@ impl Inner {
             if !no_direct && verdict == Some(&PairVerdict::Allow) {
                 continue;
             }
-            if enrolled(flow.src_pod.netns)? && enrolled(flow.dst_pod.netns)? && end(served, &flow)? {
-                cut.push(flow);
+            if !enrolled(flow.src_pod.netns)? || !enrolled(flow.dst_pod.netns)? {
+                continue;
+            }
+            match end(served, &flow) {
+                Ok(true) => cut.push(flow),
+                Ok(false) => {}
+                // One that stays does not keep the others.
+                Err(error) => refused = Some(error),
             }
         }
-        Ok(cut)
+        refused.map_or(Ok(cut), Err)
     }
 
     fn sync_services(

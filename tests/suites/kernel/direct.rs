@@ -180,6 +180,52 @@ fn a_taken_permission_cuts_live_flows_and_refuses_what_was_under_way() {
     assert_eq!(agent.seen(Door::Outbound).pop().unwrap().peer, stream.local_addr().unwrap());
 }
 
+/// Without the right to end sockets: what is forbidden lives on, which must not pass for done.
+#[test]
+fn a_flow_that_cannot_be_ended_is_an_error() {
+    let bed = Bed::new();
+    let (a, b) = (bed.pod("a"), bed.pod("b"));
+    let mut agent = bed.agent();
+    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let _server = bed.serve(&b, 8080);
+    agent.verdicts(&[(sa, sb, ALLOW)]);
+    let (mut stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
+    let verdicts: BTreeMap<_, _> = [((sa.id, sb.id, 0), DENY)].into();
+    let deny = KernelState { verdicts, ..KernelState::default() };
+    let outcome = std::thread::scope(|scope| {
+        let without = scope.spawn(|| {
+            without_net_admin();
+            agent.kernel.sync(&deny).map(|report| report.cut)
+        });
+        without.join().unwrap()
+    });
+    let said = outcome.unwrap_err().to_string();
+    assert!(said.starts_with("end "), "{said}");
+    stream.write_all(b"x").unwrap();
+    stream.read_exact(&mut [0]).unwrap();
+    // No new one, though; and the one that lives is found by whoever sweeps.
+    assert!(a.dial(SocketAddr::new(b.v4, 8080)).is_err());
+    let flow = agent.kernel.direct_flows().unwrap().pop().unwrap();
+    assert!(agent.kernel.destroy(&flow).unwrap());
+    assert!(stream.read(&mut [0]).is_err());
+}
+
+/// Drops CAP_NET_ADMIN of this thread.
+fn without_net_admin() {
+    const VERSION_3: u32 = 0x2008_0522;
+    const CAP_NET_ADMIN: u32 = 12;
+    let header = [VERSION_3, 0];
+    // Effective, permitted, inheritable; then the upper halves.
+    let mut sets = [0_u32; 6];
+    // SAFETY: both are as long as this version says; the kernel writes the second.
+    let got = unsafe { nix::libc::syscall(nix::libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+    assert_eq!(got, 0, "{}", std::io::Error::last_os_error());
+    sets[0] &= !(1 << CAP_NET_ADMIN);
+    // SAFETY: as above; the kernel reads both.
+    let set = unsafe { nix::libc::syscall(nix::libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// TCP_FASTOPEN_CONNECT defers the SYN to the first write: the time in which policy may change, stretched.
 #[test]
 fn a_decision_of_an_older_policy_is_not_carried_out() {
