@@ -23,6 +23,8 @@ use sign::Unsignable;
 const BURST: f64 = 220.0;
 /// And then per second.
 const PER_SECOND: f64 = 5.0;
+/// Callers whose requests are counted before those that have asked nothing for a while are forgotten.
+const REMEMBERED: usize = 1024;
 
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +84,11 @@ impl Authority {
 
     fn take(&self, caller: &Principal, now: Instant) -> Result<(), CaError> {
         let mut buckets = self.buckets.lock();
+        if buckets.len() >= REMEMBERED && !buckets.contains_key(caller) {
+            // A bucket that has filled up again says no more than none.
+            let full = BURST / PER_SECOND;
+            buckets.retain(|_, (_, at)| now.saturating_duration_since(*at).as_secs_f64() < full);
+        }
         let (left, at) = buckets.entry(caller.clone()).or_insert((BURST, now));
         *left = (*left + now.saturating_duration_since(*at).as_secs_f64() * PER_SECOND).min(BURST);
         *at = now;
@@ -96,6 +103,19 @@ impl Authority {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn callers_that_ask_no_more_are_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let authority =
+            Authority::new(Root::open(dir.path(), SystemTime::now()).unwrap(), Duration::from_secs(60));
+        let mut now = Instant::now();
+        for number in 0..10 * REMEMBERED {
+            now += Duration::from_secs(60);
+            authority.take(&Principal::Node(format!("n{number}").into()), now).unwrap();
+            assert!(authority.buckets.lock().len() <= REMEMBERED);
+        }
+    }
 
     #[test]
     fn a_caller_that_asks_too_often_waits_and_others_do_not() {
