@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::{Parser, ValueEnum};
+use k8s_openapi::api::core::v1::LocalObjectReference;
 use mesh_core::limits::CERTIFICATE_TTL;
 use mesh_net::telemetry::LogFormat;
 
@@ -50,6 +51,12 @@ pub struct Settings {
     /// Image of the waypoints that are made for Gateways, on Kubernetes; without one none are made.
     #[arg(long, env = "UNDERMESH_WAYPOINT_IMAGE")]
     pub waypoint_image: Option<String>,
+    /// When a node asks the registry for that image: IfNotPresent, Always or Never.
+    #[arg(long, env = "UNDERMESH_WAYPOINT_PULL_POLICY", default_value = "IfNotPresent", value_parser = PULL_POLICIES)]
+    pub waypoint_pull_policy: String,
+    /// With what: Secrets of the waypoint's own namespace, as imagePullSecrets of a pod in JSON.
+    #[arg(long, env = "UNDERMESH_WAYPOINT_PULL_SECRETS", default_value = "[]", value_parser = PullSecrets::parse)]
+    pub waypoint_pull_secrets: PullSecrets,
     /// Unix socket of the local endpoint.
     #[arg(long, env = "UNDERMESH_ADMIN")]
     pub admin: PathBuf,
@@ -94,6 +101,18 @@ fn certificate_ttl(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "must be a duration between 1s and 24h".to_owned())
 }
 
+const PULL_POLICIES: [&str; 3] = ["IfNotPresent", "Always", "Never"];
+
+/// `imagePullSecrets` of a pod.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PullSecrets(pub Vec<LocalObjectReference>);
+
+impl PullSecrets {
+    fn parse(json: &str) -> Result<Self, String> {
+        serde_json::from_str(json).map(Self).map_err(|error| format!("must be [{{\"name\": …}}, …]: {error}"))
+    }
+}
+
 fn trust_domain(text: &str) -> Result<String, String> {
     let probe = format!("spiffe://{text}/ns/a/sa/b");
     match mesh_core::id::Identity::parse(&probe) {
@@ -116,6 +135,10 @@ impl Settings {
             control_name,
             trust_domain: self.trust_domain.clone(),
             cluster: self.cluster_id.clone(),
+            pull_policy: self.waypoint_pull_policy.clone(),
+            pull_secrets: self.waypoint_pull_secrets.0.clone(),
+            log_format: self.log_format,
+            log_level: self.log_level.clone(),
         })
     }
 

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use k8s_openapi::{
     api::{
         apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment},
-        core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec},
+        core::v1::{
+            LocalObjectReference, PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec,
+        },
         policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec},
     },
     apimachinery::pkg::{
@@ -16,6 +18,8 @@ use k8s_openapi::{
         util::intstr::IntOrString,
     },
 };
+
+use mesh_net::telemetry::LogFormat;
 
 use crate::{
     source::ObjectKey,
@@ -37,7 +41,7 @@ pub const MANAGER: &str = "undermesh.io-gateway-controller";
 const MAX_NAME_BYTES: usize = 63;
 
 /// What is the same for all waypoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Image of `mesh-waypoint`.
     pub image: String,
@@ -49,6 +53,14 @@ pub struct Settings {
     pub trust_domain: String,
     /// Name of the cluster.
     pub cluster: String,
+    /// `imagePullPolicy`.
+    pub pull_policy: String,
+    /// `imagePullSecrets`, Secrets of the Gateway's namespace.
+    pub pull_secrets: Vec<LocalObjectReference>,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// What is logged.
+    pub log_level: String,
 }
 
 /// Everything that is made for one Gateway.

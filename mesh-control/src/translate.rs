@@ -156,7 +156,7 @@ pub fn translate(object: &Object, mesh: &Mesh) -> Translated {
         Value::Gateway(spec, status) => gateway::gateway(object, spec, status, &mut report),
         Value::HttpRoute(spec) => Fragment::Route(route::route(object, spec, &mut report)),
         Value::GrpcRoute(spec) => Fragment::Route(route::grpc::route(object, spec, &mut report)),
-        Value::GatewayClass(spec) => Fragment::Class(gateway::class(spec)),
+        Value::GatewayClass(spec) => Fragment::Class(gateway::class(object, spec, &mut report)),
         Value::ReferenceGrant(spec) => Fragment::Grant(gateway::grant(spec)),
         Value::AuthorizationPolicy(spec) => {
             Fragment::Authorization(policy::authorization(object, spec, mesh, &mut report))

@@ -8,12 +8,12 @@ use std::{
 };
 
 use k8s_openapi::{
-    api::core::v1::{Node, ObjectReference},
+    api::core::v1::{Node, ObjectReference, Service},
     jiff::Timestamp,
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{ApiResource, DynamicObject, Patch, PatchParams},
+    api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams},
     core::GroupVersionKind,
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
@@ -32,7 +32,11 @@ use crate::{
         replicas,
     },
     source::{Kind, ObjectKey, kubernetes::reason},
-    status::{self, object::ObjectStatus},
+    status::{
+        self,
+        object::{Conditions, ObjectStatus},
+        objects::WAYPOINT_BOUND,
+    },
     translate::workload::AGENT_TAINT,
 };
 
@@ -47,6 +51,8 @@ const VERIFY: Duration = Duration::from_secs(300);
 const ANSWER: Duration = Duration::from_secs(10);
 /// A write that failed is tried again after this time.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Objects of one list.
+const PAGE: u32 = 500;
 /// Writes of one look: the rest is written in the next, so that a large change does not starve the Lease.
 const MAX_WRITES: usize = 100;
 
@@ -74,6 +80,8 @@ pub struct Writer {
 #[derive(Default)]
 struct Written {
     status: BTreeMap<ObjectKey, ObjectStatus>,
+    /// Services that have a condition of ours and should have none.
+    leftover: BTreeSet<ObjectKey>,
     roots: BTreeSet<String>,
     events: BTreeSet<events::Told>,
     /// Not before this time again.
@@ -116,6 +124,7 @@ impl Writer {
             written.status.clear();
             written.roots.clear();
             written.verified = Some(now);
+            self.find_leftovers(written).await;
         }
         written.failed.retain(|_, until| *until > now);
         let published = self.published.borrow().clone();
@@ -207,8 +216,21 @@ impl Writer {
         written: &mut Written,
     ) {
         let wanted = status::objects(published, all, &self.refused.borrow().clone());
-        written.status.retain(|key, _| wanted.contains_key(key));
+        let (kept, gone) =
+            std::mem::take(&mut written.status).into_iter().partition(|(key, _)| wanted.contains_key(key));
+        let gone: BTreeMap<ObjectKey, ObjectStatus> = gone;
+        written.status = kept;
+        // A route without parents of ours, a policy and a Gateway are always judged while they are there.
+        written.leftover.extend(gone.into_keys().filter(|key| key.kind == Kind::Service));
+        written.leftover.retain(|key| !wanted.contains_key(key));
         let mut writes = 0;
+        let nothing = ObjectStatus::Conditions(Conditions::default());
+        for key in written.leftover.iter().take(MAX_WRITES).cloned().collect::<Vec<_>>() {
+            writes += 1;
+            if self.attempt(format!("status of {key}"), written, self.write_one(&key, &nothing)).await {
+                written.leftover.remove(&key);
+            }
+        }
         for (key, want) in wanted {
             if written.status.get(&key) == Some(&want) {
                 continue;
@@ -219,6 +241,31 @@ impl Writer {
             }
             if self.attempt(format!("status of {key}"), written, self.write_one(&key, &want)).await {
                 written.status.insert(key, want);
+            }
+        }
+    }
+
+    /// Services that a former leader wrote about, or that lost their binding while nobody led.
+    async fn find_leftovers(&self, written: &mut Written) {
+        let api = Api::<Service>::all(self.client.clone());
+        let mut page = ListParams::default().limit(PAGE);
+        loop {
+            let listed = match tokio::time::timeout(ANSWER, api.list(&page)).await {
+                Ok(Ok(listed)) => listed,
+                // Looked for again with the next verification.
+                Ok(Err(error)) => return tracing::warn!(error = reason(&error), "Services cannot be listed"),
+                Err(_) => return tracing::warn!("Services cannot be listed: no answer in time"),
+            };
+            let marked = listed.items.iter().filter(|service| {
+                let conditions = service.status.iter().flat_map(|status| status.conditions.iter().flatten());
+                conditions.into_iter().any(|condition| condition.type_ == WAYPOINT_BOUND)
+            });
+            written.leftover.extend(marked.map(|service| {
+                ObjectKey::new(Kind::Service, &service.namespace().unwrap_or_default(), &service.name_any())
+            }));
+            match listed.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => page = page.continue_token(&token),
+                None => return,
             }
         }
     }

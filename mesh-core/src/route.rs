@@ -8,7 +8,7 @@ use regex_automata::{
     util::syntax,
 };
 
-use crate::model::{Listener, PathMatch, RequestMatch, Route, ValueMatch};
+use crate::model::{Listener, PathMatch, RequestMatch, Route, RouteKind, ValueMatch};
 
 /// Longest pattern that is compiled, bytes: a route's author is not trusted with the waypoint's memory.
 const MAX_PATTERN_BYTES: usize = 1024;
@@ -164,6 +164,9 @@ fn hosts(route: &Route) -> Vec<Host> {
 /// Gateway API order, smaller first: host (exact before wildcard, then more characters), exact path, longest prefix,
 /// regex last (implementation-specific), method, number of headers, number of query parameters, oldest route, name of
 /// the route, order of rules and matches.
+///
+/// Of calls: characters of the service, then of the method, then headers. A service is matched whole, so one with its
+/// method (exact) comes before the service alone (prefix), a method alone (pattern) next, and last what says neither.
 fn precedence(entry: &Entry, route: &Route) -> impl Ord + use<> {
     let host = match &entry.host {
         Host::Exact(name) => (0, Reverse(name.len())),
@@ -172,6 +175,7 @@ fn precedence(entry: &Entry, route: &Route) -> impl Ord + use<> {
     };
     let path = match &entry.path {
         Path::Exact(path) => (0, Reverse(path.len())),
+        Path::Prefix(prefix) if prefix.is_empty() && route.kind == RouteKind::Grpc => (3, Reverse(0)),
         Path::Prefix(prefix) => (1, Reverse(prefix.len())),
         Path::Regex(_) => (2, Reverse(0)),
     };
@@ -356,6 +360,10 @@ mod tests {
 
     /// `name created hosts | match | match …`: each match is a rule of its own.
     fn table(routes: &[&str]) -> Result<(Table, Vec<String>), CompileError> {
+        table_of(RouteKind::Http, routes)
+    }
+
+    fn table_of(kind: RouteKind, routes: &[&str]) -> Result<(Table, Vec<String>), CompileError> {
         let (mut list, mut names) = (Vec::new(), Vec::new());
         for text in routes {
             let mut parts = text.split('|');
@@ -364,7 +372,7 @@ mod tests {
             let namespace = name.split_once('/').map_or("shop", |(namespace, _)| namespace);
             names.push(name.to_owned());
             list.push(Route {
-                kind: RouteKind::Http,
+                kind,
                 namespace: namespace.into(),
                 name: name.into(),
                 created,
@@ -388,7 +396,11 @@ mod tests {
 
     /// Which `route.rule` serves a request `METHOD host path[?query] [name=value]…`.
     fn check(routes: &[&str], request: &str, expected: &str) {
-        let (table, names) = table(routes).unwrap();
+        check_of(RouteKind::Http, routes, request, expected);
+    }
+
+    fn check_of(kind: RouteKind, routes: &[&str], request: &str, expected: &str) {
+        let (table, names) = table_of(kind, routes).unwrap();
         let mut words = request.split_whitespace();
         let (method, host, target) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
         let headers: Vec<_> = words.map(|word| word.split_once('=').unwrap()).collect();
@@ -403,6 +415,25 @@ mod tests {
             Verdict::Matched(matched) => format!("{}.{}", names[matched.route], matched.rule),
         };
         assert_eq!(found, expected, "{request} over {routes:?}");
+    }
+
+    /// What says neither service nor method comes last, wherever it stands.
+    #[test]
+    fn calls_match_by_service_then_method_then_headers() {
+        let routes = ["r 0 | / | / h:x=1 | ~/[^/]+/C | ~/[^/]+/C h:x=1 | /a.B | =/a.B/C"];
+        for (request, expected) in [
+            ("POST h /a.B/C", "r.5"),
+            ("POST h /a.B/C x=1", "r.5"),
+            ("POST h /a.B/D x=1", "r.4"),
+            ("POST h /e.F/C", "r.2"),
+            ("POST h /e.F/C x=1", "r.3"),
+            ("POST h /e.F/D x=1", "r.1"),
+            ("POST h /e.F/D", "r.0"),
+        ] {
+            check_of(RouteKind::Grpc, &routes, request, expected);
+        }
+        // Of HTTP a pattern is last.
+        check(&["r 0 | / | ~/[^/]+/C"], "POST h /e.F/C", "r.0");
     }
 
     #[test]

@@ -328,9 +328,11 @@ fn respond(
     response.map(|body| ResponseBody::upstream(body, record, deadline, lease))
 }
 
-/// The gRPC status that stands for an HTTP status of ours, as Envoy maps them.
-fn grpc_code(status: StatusCode) -> u16 {
-    match status.as_u16() {
+/// The gRPC status that stands for an answer of ours, as Envoy maps the HTTP status; but a call to a backend that is
+/// none is `UNAVAILABLE` (GRPCRoute, `backendRefs`).
+fn grpc_code(answer: &Local) -> u16 {
+    match answer.status.as_u16() {
+        _ if answer.details == NO_BACKEND.details => 14,
         400 | 431 => 13,
         401 => 16,
         403 => 7,
@@ -344,11 +346,11 @@ fn reply(answer: Local, why: &str, mut record: Record, http2: bool) -> Response<
     record.fail(answer.flag, answer.details, why);
     let mut response = Response::new(());
     if record.seen.grpc {
-        record.grpc_status = Some(grpc_code(answer.status));
+        record.grpc_status = Some(grpc_code(&answer));
         record.status = Some(StatusCode::OK);
         let fields = response.headers_mut();
         fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        fields.insert("grpc-status", HeaderValue::from(grpc_code(answer.status)));
+        fields.insert("grpc-status", HeaderValue::from(grpc_code(&answer)));
         fields.insert("grpc-message", HeaderValue::from_static(answer.text));
     } else {
         record.status = Some(answer.status);

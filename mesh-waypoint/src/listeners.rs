@@ -110,7 +110,7 @@ pub async fn serve_stream(waypoint: Arc<Waypoint>, incoming: Incoming) {
         let nowhere = SocketAddr::new(mesh_net::socket::unspecified(peer.ip()), 0);
         return refuse(&waypoint, incoming, nowhere, 400, Flag::MalformedRequest);
     };
-    match asked(&waypoint, authority) {
+    match asked(&waypoint, &client, authority) {
         Ok(Asked::Http) => {
             // The head of the tunnel may claim another client (`x-undermesh-client`); from a client it means nothing.
             let stream = match incoming.accept(None) {
@@ -126,12 +126,12 @@ pub async fn serve_stream(waypoint: Arc<Waypoint>, incoming: Incoming) {
     }
 }
 
-fn asked(waypoint: &Waypoint, authority: SocketAddr) -> Result<Asked, (u16, Flag)> {
+fn asked(waypoint: &Waypoint, client: &Identity, authority: SocketAddr) -> Result<Asked, (u16, Flag)> {
     if ILLEGAL_PORTS.contains(&authority.port()) {
         return Err((503, Flag::IllegalPort));
     }
     match waypoint.view().target(authority) {
-        Ok(Target::Service(bound)) if bound.listener.http => Ok(Asked::Http),
+        Ok(Target::Service(bound)) if bound.is_http_for(&client.namespace) => Ok(Asked::Http),
         Ok(Target::Service(_) | Target::Workload(_)) => Ok(Asked::Tcp),
         Err(why @ Unroutable::NotReady) => Err((503, why.flag())),
         Err(why) => Err((400, why.flag())),

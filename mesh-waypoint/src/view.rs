@@ -14,7 +14,8 @@ use mesh_core::{
     flag,
     id::{Identity, ServiceKey},
     model::{
-        Backend, BackendTarget, Listener, PathMatch, Redirect, Rewrite, RouteRule, WaypointRef, Workload,
+        Backend, BackendTarget, Listener, PathMatch, Redirect, Rewrite, Route, RouteRule, WaypointRef,
+        Workload,
     },
     rewrite::{self, Origin},
     route::{self, Matched, RequestHead, Table, Verdict},
@@ -50,6 +51,13 @@ impl Bound {
             Err(problem) => (Err(problem), Vec::new()),
         };
         Self { listener: listener.clone(), table, filters }
+    }
+
+    /// Whether clients of this namespace speak HTTP here: all do, or a route of their own says so (consumer route).
+    pub fn is_http_for(&self, client: &str) -> bool {
+        let Listener { http, service, routes, .. } = &self.listener;
+        let own = |route: &Route| route.namespace != service.namespace && *route.namespace == *client;
+        *http || routes.iter().any(own)
     }
 }
 
@@ -418,4 +426,32 @@ fn own_backend(listener: &Listener) -> BackendTarget {
 fn pick_backend(backends: &[Backend], pick: u64) -> Result<usize, Unroutable> {
     balance::weighted(backends.iter().map(|backend| backend.weight), pick)
         .ok_or_else(|| Unroutable::NoBackend("no backend with a weight above zero".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::model::RouteKind;
+
+    use super::*;
+
+    #[test]
+    fn a_route_of_a_clients_own_namespace_makes_a_port_http_for_that_client_alone() {
+        let route = |namespace: &str| Route {
+            kind: RouteKind::Http,
+            namespace: namespace.into(),
+            name: "r".into(),
+            created: 0,
+            hostnames: Vec::new(),
+            rules: Vec::new(),
+        };
+        let bound = |http, routes| {
+            let service = ServiceKey::new("shop", "db");
+            Bound::new(&Listener { service, vips: Vec::new(), port: 5432, http, routes })
+        };
+        let undeclared = bound(false, vec![route("bank")]);
+        assert!(undeclared.is_http_for("bank"));
+        assert!(!undeclared.is_http_for("shop") && !undeclared.is_http_for("else"));
+        let declared = bound(true, vec![route("shop")]);
+        assert!(declared.is_http_for("shop") && declared.is_http_for("else"));
+    }
 }

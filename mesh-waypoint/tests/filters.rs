@@ -205,6 +205,16 @@ async fn each_call_of_one_grpc_connection_is_split_by_itself() {
     assert_eq!((got.status, &got.headers["grpc-status"]), (200, &"12".parse().unwrap()));
 }
 
+#[tokio::test]
+async fn a_call_to_a_backend_that_is_none_is_unavailable() {
+    let gone = Backend { weight: 1, ..missing() };
+    let world = World::new().service("reviews").route("g", vec![rule(vec![any()], vec![gone])]).apply();
+    let mut client = Client::http2(world.connect("reviews")).await;
+    let got = client.post("/pkg.Echo/Say", &[("content-type", "application/grpc")]).await;
+    assert_eq!((got.status, &got.headers["grpc-status"]), (200, &"14".parse().unwrap()));
+    assert_eq!(client.post("/a", &[]).await.status, 500);
+}
+
 /// A backend that does not exist and has no share.
 fn missing() -> Backend {
     Backend { weight: 0, filters: Filters::default(), target: Err("no such service".into()) }

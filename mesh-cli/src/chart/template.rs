@@ -176,6 +176,9 @@ fn evaluate(call: &[Word], piped: Option<Value>, context: &Value) -> Result<Valu
             let yaml = serde_yaml_ng::to_string(value).map_err(|error| error.to_string())?;
             Ok(yaml.trim_end().into())
         }
+        (Some("toJson"), [value]) => {
+            serde_json::to_string(value).map(Value::from).map_err(|error| error.to_string())
+        }
         (Some("quote"), [value]) => {
             serde_json::to_string(&show(value)?).map(Value::from).map_err(|error| error.to_string())
         }

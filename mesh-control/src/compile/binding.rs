@@ -78,17 +78,12 @@ pub fn services(index: &Index<'_>, out: &mut Output) -> Bound {
             continue;
         }
         let (binding, refused) = bind(index, service.of(), &wanted, Takes::services, out);
-        if binding.is_some()
-            || wanted.own
-            || refused.as_ref().is_some_and(|(reason, _)| *reason != UNSUPPORTED)
-        {
-            let outcome = BindingOutcome {
-                generation: service.object.generation,
-                gateway: format!("{}/{}", wanted.gateway.0, wanted.gateway.1).into(),
-                refused,
-            };
-            out.outcomes.bindings.insert(service.object.key.clone(), outcome);
-        }
+        let outcome = BindingOutcome {
+            generation: service.object.generation,
+            gateway: format!("{}/{}", wanted.gateway.0, wanted.gateway.1).into(),
+            refused,
+        };
+        out.outcomes.bindings.insert(service.object.key.clone(), outcome);
         if let Some(binding) = binding {
             bound.insert(name.clone(), binding);
         }
@@ -110,7 +105,7 @@ fn pod(index: &Index<'_>, pod: &Entry<'_, PodFacts>, out: &mut Output) -> Option
     let wanted = wanted(&pod.facts.labels, namespace, index.namespace(namespace))?;
     // A namespace's label means its service waypoint unless the Gateway says that it takes workloads.
     if !wanted.own
-        && !index.waypoints.get(&wanted.gateway).is_some_and(|gateway| gateway.facts.takes.workloads())
+        && !index.waypoints.get(&wanted.gateway).is_some_and(|gateway| index.takes(gateway.facts).workloads())
     {
         return None;
     }
@@ -149,12 +144,14 @@ fn bind(
         let text = format!("there is no waypoint Gateway {namespace}/{name}");
         return refused(out, "WaypointMissing", text);
     };
-    if !takes(gateway.facts.takes) {
-        let text = format!("waypoint {namespace}/{name} does not take this kind of traffic: not bound");
-        if wanted.own {
-            out.tell(Severity::Warning, of, "metadata.labels", format!("{UNSUPPORTED}: {text}"));
+    let taken = index.takes(gateway.facts);
+    if !takes(taken) {
+        let text = format!("waypoint {namespace}/{name} does not take this kind of traffic");
+        // Somebody meant this very object to be behind it; a waypoint for nothing says that nobody is.
+        if wanted.own && taken != Takes::Nothing {
+            return refused(out, UNSUPPORTED, text);
         }
-        return (None, Some((UNSUPPORTED, text)));
+        return (None, Some((UNSUPPORTED, format!("{text}: not bound"))));
     }
     let own = *namespace == of.0.namespace;
     if !gateway.facts.allowed.admits(own, index.namespace(&of.0.namespace)) {

@@ -11,7 +11,7 @@ use super::{Fragments, PodFact, PodKey};
 use crate::translate::{
     Fragment, Labels, Mesh, OptionFacts, Translated,
     enrolment::{NotEnrolled, Place, enrolment},
-    gateway::{ClassFacts, GrantFacts, WaypointFacts},
+    gateway::{ClassFacts, GrantFacts, OWN_CLASS, Takes, WaypointFacts},
     policy::{AuthorizationFacts, PeerAuthenticationFacts},
     route::RouteFacts,
     service::{ServiceFacts, SliceFacts},
@@ -117,10 +117,14 @@ impl<'a> Index<'a> {
         index
     }
 
-    /// Gateways whose class belongs to another controller are that one's.
+    /// Gateways whose class belongs to another controller are that one's. In a cluster a class that is not there may be
+    /// anybody's, unless it has our name; in a directory nobody else is.
     fn disown(&mut self) {
-        let classes = &self.classes;
-        let foreign = |class: &str| classes.get(class).is_some_and(|class| !class.facts.ours);
+        let (classes, cluster) = (&self.classes, !self.mesh.install_namespace.is_empty());
+        let foreign = |class: &str| match classes.get(class) {
+            Some(class) => !class.facts.ours,
+            None => cluster && class != OWN_CLASS,
+        };
         let (theirs, ours) = std::mem::take(&mut self.waypoints)
             .into_iter()
             .partition(|(_, entry)| foreign(&entry.facts.class));
@@ -129,6 +133,12 @@ impl<'a> Index<'a> {
         self.gateways.extend(
             theirs.into_iter().map(|(name, entry)| (name, (entry.object, entry.facts.class.clone()))),
         );
+    }
+
+    /// Which traffic a waypoint takes: as it says, else as its class says, else that to services.
+    pub fn takes(&self, gateway: &WaypointFacts) -> Takes {
+        let of_class = || self.classes.get(&*gateway.class)?.facts.takes;
+        gateway.takes.or_else(of_class).unwrap_or(Takes::Service)
     }
 
     fn take(&mut self, object: &'a Translated) {

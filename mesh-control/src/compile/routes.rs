@@ -51,7 +51,9 @@ pub fn waypoints(
                 let http = match port.protocol {
                     Protocol::Http => true,
                     Protocol::Tcp => false,
-                    Protocol::Undeclared => !routes.is_empty(),
+                    // By a route of the service's own side; one of another namespace speaks for its own clients alone,
+                    // which the waypoint tells apart.
+                    Protocol::Undeclared => routes.iter().any(|route| route.namespace == service.0),
                 };
                 listeners.push(Listener {
                     service: key.clone(),
@@ -137,13 +139,19 @@ fn reference(parent: &Parent) -> ParentRef {
     }
 }
 
+/// What cannot be done as written, first of it, and whether nothing of the route can.
 fn invalid_rules(facts: &RouteFacts) -> Option<(String, bool)> {
-    let broken: Vec<_> = facts.rules.iter().filter_map(|rule| rule.filters.as_ref().err()).collect();
-    let first = broken.first()?;
-    Some((first.to_string(), broken.len() == facts.rules.len()))
+    let of_rules: Vec<_> = facts.rules.iter().filter_map(|rule| rule.filters.as_ref().err()).collect();
+    let of_backends = facts.rules.iter().flat_map(|rule| &rule.backends).filter_map(|backend| {
+        let broken = backend.target.as_ref().err()?;
+        (broken.fault == BackendFault::UnsupportedValue)
+            .then(|| format!("{}: {}", backend.field, broken.text))
+    });
+    let first = of_rules.first().map(ToString::to_string).or_else(|| of_backends.into_iter().next())?;
+    Some((first, of_rules.len() == facts.rules.len()))
 }
 
-/// Puts the route on the ports that the parent means; the waypoints that carry it.
+/// Puts the route on the ports that the parent means, or, where it is refused, on none; the waypoints that carry it.
 fn place(
     index: &Index<'_>,
     parent: &Parent,
@@ -158,7 +166,7 @@ fn place(
             || (parent.port.is_none_or(|wanted| wanted == port.port)
                 && parent.section.as_ref().is_none_or(|wanted| *wanted == port.name))
     };
-    let (mut carriers, mut refused) = (Vec::new(), None);
+    let (mut placed, mut refused) = (Vec::new(), None);
     for (service, gateway) in places {
         let Some(facts) = index.services.get(&service).map(|entry| entry.facts) else { continue };
         let mut found = false;
@@ -170,8 +178,9 @@ fn place(
                 refused.get_or_insert((ParentRefusal::NoMatchingParent, text));
                 continue;
             }
-            let routes = attached.entry((service.clone(), port.port)).or_default();
-            if let Some(other) = routes.iter().find(|other| conflict(other, resolved)) {
+            let at = (service.clone(), port.port);
+            let mut there = attached.get(&at).into_iter().flatten();
+            if let Some(other) = there.find(|other| conflict(other, resolved)) {
                 let text = format!(
                     "{}/{} is older, of the other kind, and has the same hostnames",
                     other.namespace, other.name
@@ -179,11 +188,7 @@ fn place(
                 refused.get_or_insert((ParentRefusal::Conflicted, text));
                 continue;
             }
-            // Two parents of one route may mean the same port.
-            if !routes.contains(resolved) {
-                routes.push(resolved.clone());
-            }
-            carriers.push(gateway.clone());
+            placed.push((at, gateway.clone()));
         }
         if !found && of_service {
             let text = format!("Service {}/{} has no such port", service.0, service.1);
@@ -192,10 +197,20 @@ fn place(
     }
     match refused {
         // Ports that cannot take it are passed over while others do, unless they are what was asked for.
-        Some(refused) if carriers.is_empty() && of_service => Err(refused),
-        Some(refused @ (ParentRefusal::Conflicted, _)) => Err(refused),
-        _ => Ok(carriers),
+        Some(refused) if placed.is_empty() && of_service => return Err(refused),
+        Some(refused @ (ParentRefusal::Conflicted, _)) => return Err(refused),
+        _ => {}
     }
+    let mut carriers = Vec::new();
+    for (at, gateway) in placed {
+        let routes = attached.entry(at).or_default();
+        // Two parents of one route may mean the same port.
+        if !routes.contains(resolved) {
+            routes.push(resolved.clone());
+        }
+        carriers.push(gateway);
+    }
+    Ok(carriers)
 }
 
 /// Whether two routes are of different kinds for the same clients and hostnames: only the older one counts.

@@ -52,6 +52,11 @@ metadata: {name: vault, namespace: bank}
 spec: {clusterIP: 10.96.0.3, ports: [{port: 80}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: istio-waypoint}
+spec: {controllerName: undermesh.io/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: gw, namespace: shop}
 spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
@@ -97,7 +102,7 @@ fn complaints(world: &World) -> Vec<String> {
 
 fn object(kind: &str, name: &str, namespace: &str, spec: &str) -> String {
     let api = match kind {
-        "HTTPRoute" | "Gateway" | "ReferenceGrant" => "gateway.networking.k8s.io/v1",
+        "HTTPRoute" | "GRPCRoute" | "Gateway" | "ReferenceGrant" => "gateway.networking.k8s.io/v1",
         "AuthorizationPolicy" | "PeerAuthentication" => "security.istio.io/v1",
         "EndpointSlice" => "discovery.k8s.io/v1",
         _ => "v1",
@@ -168,12 +173,14 @@ fn a_service_is_bound_by_its_nearest_label() {
         "spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}",
     )
     .replace("name: gw,", "name: gw, labels: {istio.io/waypoint-for: workload},");
+    let nothing = workloads.replace("waypoint-for: workload", "waypoint-for: none");
+    let of_class = "apiVersion: gateway.networking.k8s.io/v1\nkind: GatewayClass\nmetadata: {name: istio-waypoint, labels: {istio.io/waypoint-for: workload}}\nspec: {controllerName: undermesh.io/gateway-controller}\n";
     for (own, inherited, more, reference, reason) in [
         ("", "", "", None, None),
         ("istio.io/use-waypoint: gw", "", "", gw.clone(), None),
         ("", "istio.io/use-waypoint: gw", "", gw.clone(), None),
         ("istio.io/use-waypoint: none", "istio.io/use-waypoint: gw", "", None, None),
-        ("istio.io/use-waypoint: gw", "istio.io/use-waypoint: other", "", gw, None),
+        ("istio.io/use-waypoint: gw", "istio.io/use-waypoint: other", "", gw.clone(), None),
         (
             "istio.io/use-waypoint: gone",
             "istio.io/use-waypoint: gw",
@@ -195,7 +202,12 @@ fn a_service_is_bound_by_its_nearest_label() {
             Some("bank/far.bank.svc.cluster.local:15008".to_owned()),
             Some("WaypointIsNotReady"),
         ),
-        ("istio.io/use-waypoint: gw", "", &*workloads, None, Some("UnsupportedTrafficType")),
+        // Named by the object itself, it is meant; by the namespace, it may be meant for others.
+        ("istio.io/use-waypoint: gw", "", &*workloads, nowhere("gw.shop"), Some("UnsupportedTrafficType")),
+        ("", "istio.io/use-waypoint: gw", &*workloads, None, None),
+        ("istio.io/use-waypoint: gw", "", &*nothing, None, None),
+        // What the Gateway does not say, its class may.
+        ("", "istio.io/use-waypoint: gw", &*of_class, None, None),
     ] {
         let got = bound(own, inherited, more);
         assert_eq!((got.0, got.1.as_deref()), (reference, reason), "{own} | {inherited}");
@@ -421,8 +433,12 @@ fn routes_attach_to_the_ports_of_bound_services() {
         (route("r", "shop", &format!("{{{cart}, port: 99}}")), none, "NoMatchingParent"),
         (route("r", "shop", "{group: '', kind: Service, name: gone}"), none, "NoMatchingParent"),
         (route("r", "shop", "{group: '', kind: Service, name: plain}"), none, "bound to no waypoint"),
-        // A consumer route: for clients of its own namespace.
-        (route("r", "bank", &format!("{{{cart}, namespace: shop}}")), all, ""),
+        // A consumer route: for clients of its own namespace, and so no reason for others to speak HTTP.
+        (
+            route("r", "bank", &format!("{{{cart}, namespace: shop}}")),
+            ["80 http r", "81 tcp", "82 tcp r"],
+            "",
+        ),
         (route("r", "shop", "{name: gw}"), all, ""),
         (route("r", "shop", "{name: gw, port: 15008}"), all, ""),
         (route("r", "shop", "{name: gw, port: 80}"), none, "NoMatchingParent"),
@@ -436,6 +452,48 @@ fn routes_attach_to_the_ports_of_bound_services() {
         assert_eq!(complaints.is_empty(), complaint.is_empty(), "{yaml}: {complaints}");
         assert!(complaints.contains(complaint), "{yaml}: {complaints}");
     }
+}
+
+/// What the status denies is in force nowhere: not on the ports where nothing is in its way either.
+#[test]
+fn a_route_that_is_refused_on_one_port_is_on_none() {
+    let older = object(
+        "HTTPRoute",
+        "h",
+        "shop",
+        "spec: {parentRefs: [{group: '', kind: Service, name: cart, port: 80}]}",
+    )
+    .replace("namespace: shop", "namespace: shop, creationTimestamp: '2024-01-01T00:00:00Z'");
+    let younger =
+        object("GRPCRoute", "g", "shop", "spec: {parentRefs: [{group: '', kind: Service, name: cart}]}")
+            .replace("namespace: shop", "namespace: shop, creationTimestamp: '2025-01-01T00:00:00Z'");
+    let world = world(&(older + &younger));
+    assert_eq!(listeners(&world), ["80 http h", "81 tcp", "82 tcp"]);
+    let said = complaints(&world).join("\n");
+    assert!(said.contains("Conflicted"), "{said}");
+}
+
+/// A cluster may have another controller whose class is not there yet.
+#[test]
+fn a_gateway_of_a_class_that_is_not_there_is_nobodys() {
+    let of = |mesh: &Mesh, class: &str| {
+        let parsed = parse(
+            "t.yaml",
+            &object(
+                "Gateway",
+                "w",
+                "shop",
+                &format!(
+                    "spec: {{gatewayClassName: {class}, listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]}}"
+                ),
+            ),
+        );
+        let translated = parsed.objects.iter().map(|one| (one.key.clone(), Arc::new(translate(one, mesh))));
+        compile(&translated.collect(), mesh).waypoints.contains_key("shop/w")
+    };
+    let (cluster, directory) = (Mesh::default(), Mesh { install_namespace: "".into(), ..Mesh::default() });
+    assert!(!of(&cluster, "istio-waypoint") && of(&cluster, "undermesh-waypoint"));
+    assert!(of(&directory, "istio-waypoint"));
 }
 
 #[test]

@@ -50,6 +50,7 @@ pub fn spec(key: &ObjectKey, facts: &WaypointFacts, settings: &Settings, selecte
             ..TopologySpreadConstraint::default()
         }]),
         containers: vec![container(key, facts, settings)],
+        image_pull_secrets: Some(settings.pull_secrets.clone()).filter(|secrets| !secrets.is_empty()),
         volumes: Some(volumes()),
         ..PodSpec::default()
     }
@@ -60,7 +61,17 @@ fn seccomp() -> SeccompProfile {
 }
 
 fn container(key: &ObjectKey, facts: &WaypointFacts, settings: &Settings) -> Container {
-    let Settings { image, control, control_name, trust_domain, cluster } = settings;
+    let Settings {
+        image,
+        control,
+        control_name,
+        trust_domain,
+        cluster,
+        pull_policy,
+        pull_secrets: _,
+        log_format,
+        log_level,
+    } = settings;
     let port = |name: &str, number: i32| ContainerPort {
         name: Some(name.to_owned()),
         container_port: number,
@@ -76,7 +87,7 @@ fn container(key: &ObjectKey, facts: &WaypointFacts, settings: &Settings) -> Con
     Container {
         name: "waypoint".to_owned(),
         image: Some(image.clone()),
-        image_pull_policy: Some("IfNotPresent".to_owned()),
+        image_pull_policy: Some(pull_policy.clone()),
         command: Some(vec!["/usr/local/bin/mesh-waypoint".to_owned()]),
         args: Some(vec![
             format!("--namespace={}", key.namespace),
@@ -92,6 +103,8 @@ fn container(key: &ObjectKey, facts: &WaypointFacts, settings: &Settings) -> Con
             format!("--listen=[::]:{}", facts.port),
             format!("--ready-listen=[::]:{READY_PORT}"),
             format!("--metrics-listen=[::]:{METRICS_PORT}"),
+            format!("--log={log_level}"),
+            format!("--log-format={log_format}"),
         ]),
         env: Some(vec![field("UNDERMESH_POD", "metadata.name"), field("UNDERMESH_NODE", "spec.nodeName")]),
         ports: Some(vec![

@@ -21,6 +21,10 @@ fn made(metadata: &str, infrastructure: &str) -> Result<Provisioned, Unfit> {
         control_name: "undermesh-control.undermesh-system.svc".to_owned(),
         trust_domain: "cluster.local".to_owned(),
         cluster: "Kubernetes".to_owned(),
+        pull_policy: "Always".to_owned(),
+        pull_secrets: vec![LocalObjectReference { name: "registry".to_owned() }],
+        log_format: LogFormat::Json,
+        log_level: "debug".to_owned(),
     };
     provision(&translated.key, facts, &settings)
 }
@@ -51,6 +55,17 @@ fn every_object_belongs_to_its_gateway_and_is_labelled() {
     assert_eq!((&template["istio.io/dataplane-mode"], &template["team"]), (&json!("none"), &json!("a")));
     // Nobody's scaling is undone.
     assert_eq!(all[2]["spec"].get("replicas"), None);
+}
+
+/// What was said for every component of the installation.
+#[test]
+fn its_pod_is_pulled_and_logs_like_the_others() {
+    let made = made("name: gw, uid: u-1", "").unwrap();
+    let pod = json(&made.deployment)["spec"]["template"]["spec"].clone();
+    assert_eq!(pod["imagePullSecrets"], json!([{"name": "registry"}]));
+    assert_eq!(pod["containers"][0]["imagePullPolicy"], "Always");
+    let args = pod["containers"][0]["args"].as_array().unwrap();
+    assert!(args.contains(&json!("--log=debug")) && args.contains(&json!("--log-format=json")), "{args:?}");
 }
 
 /// The `restricted` pod security standard, field by field.

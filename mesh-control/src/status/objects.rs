@@ -40,6 +40,9 @@ pub const IN_FORCE: &str = "undermesh.io/InForce";
 /// The condition of a Service that asks for a waypoint.
 pub const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
 
+/// Conditions that nobody else writes: one that is not wanted is a leftover of ours.
+pub const OURS_ALONE: [&str; 2] = [IN_FORCE, WAYPOINT_BOUND];
+
 /// The status of every object that is ours to judge; `refused` are Gateways for which nothing could be made.
 pub fn objects(
     published: &Published,

@@ -17,7 +17,9 @@ use crate::{
 };
 
 /// Classes whose Gateways are waypoints.
-pub const WAYPOINT_CLASSES: &[&str] = &["istio-waypoint", "undermesh-waypoint"];
+pub const WAYPOINT_CLASSES: &[&str] = &["istio-waypoint", OWN_CLASS];
+/// The class that is nobody else's.
+pub const OWN_CLASS: &str = "undermesh-waypoint";
 /// Port on which a waypoint takes tunnels unless its listener says otherwise.
 pub const WAYPOINT_PORT: u16 = 15008;
 
@@ -28,12 +30,31 @@ pub struct ClassFacts {
     pub ours: bool,
     /// It names parameters.
     pub parameters: bool,
+    /// Which traffic its waypoints take that do not say so themselves.
+    pub takes: Option<Takes>,
 }
 
 /// Translates a GatewayClass.
-pub fn class(spec: &GatewayClassSpec) -> ClassFacts {
+pub fn class(object: &Object, spec: &GatewayClassSpec, report: &mut Report<'_>) -> ClassFacts {
     let GatewayClassSpec { controller_name, description: _, parameters_ref } = spec;
-    ClassFacts { ours: controller_name == CONTROLLER, parameters: parameters_ref.is_some() }
+    let ours = controller_name == CONTROLLER;
+    // Of the classes of others nothing is ours to judge.
+    let takes = if ours { takes_of(object, report) } else { None };
+    ClassFacts { ours, parameters: parameters_ref.is_some(), takes }
+}
+
+fn takes_of(object: &Object, report: &mut Report<'_>) -> Option<Takes> {
+    Some(match object.label("istio.io/waypoint-for")? {
+        "service" => Takes::Service,
+        "workload" => Takes::Workload,
+        "all" => Takes::All,
+        "none" => Takes::Nothing,
+        other => {
+            let reason = format!("{other:.80?} is none of service, workload, all, none; taken as service");
+            report.error("metadata.labels", reason);
+            Takes::Service
+        }
+    })
 }
 
 /// What a waypoint Gateway says.
@@ -43,8 +64,8 @@ pub struct WaypointFacts {
     pub class: Arc<str>,
     /// Port of its HBONE listener.
     pub port: u16,
-    /// Which traffic it takes.
-    pub takes: Takes,
+    /// Which traffic it takes, where it says so; else its class does.
+    pub takes: Option<Takes>,
     /// Who may bind to it.
     pub allowed: Allowed,
     /// Whether its status has addresses.
@@ -181,17 +202,7 @@ pub fn gateway(
     if addresses.is_some() {
         report.warn("spec.addresses", "waypoints get their address from their Service; ignored");
     }
-    let takes = match object.label("istio.io/waypoint-for") {
-        None | Some("service") => Takes::Service,
-        Some("workload") => Takes::Workload,
-        Some("all") => Takes::All,
-        Some("none") => Takes::Nothing,
-        Some(other) => {
-            let reason = format!("{other:.80?} is none of service, workload, all, none; taken as service");
-            report.error("metadata.labels", reason);
-            Takes::Service
-        }
-    };
+    let takes = takes_of(object, report);
     let listener = listeners.iter().enumerate().find(|(_, listener)| listener.protocol == "HBONE");
     if listener.is_none() {
         report.error(
@@ -354,12 +365,12 @@ mod tests {
     fn a_waypoint_takes_what_its_label_says() {
         let mesh = "{name: mesh, port: 15008, protocol: HBONE}";
         for (label, takes, problems) in [
-            ("", Takes::Service, 0),
-            ("istio.io/waypoint-for: service", Takes::Service, 0),
-            ("istio.io/waypoint-for: all", Takes::All, 0),
-            ("istio.io/waypoint-for: workload", Takes::Workload, 0),
-            ("istio.io/waypoint-for: none", Takes::Nothing, 0),
-            ("istio.io/waypoint-for: x", Takes::Service, 1),
+            ("", None, 0),
+            ("istio.io/waypoint-for: service", Some(Takes::Service), 0),
+            ("istio.io/waypoint-for: all", Some(Takes::All), 0),
+            ("istio.io/waypoint-for: workload", Some(Takes::Workload), 0),
+            ("istio.io/waypoint-for: none", Some(Takes::Nothing), 0),
+            ("istio.io/waypoint-for: x", Some(Takes::Service), 1),
         ] {
             let (facts, count) = gateway(label, mesh);
             assert_eq!((facts.unwrap().takes, count), (takes, problems), "{label}");

@@ -1,11 +1,15 @@
 //! (pure) The status that an object has and the one that it should have → the one to write, if any.
 //!
-//! What others wrote stays: conditions of other types, parents of other controllers. A condition keeps the time of its
+//! What others wrote stays: conditions of other types, parents of other controllers. What only we write and do not want
+//! any more goes. A condition keeps the time of its
 //! last transition while its status is the same.
 
 use serde_json::{Map, Value as Json, json};
 
-use crate::status::object::{CONTROLLER, ObjectStatus};
+use crate::status::{
+    object::{CONTROLLER, ObjectStatus},
+    objects::OURS_ALONE,
+};
 
 /// The new status, or `None` when there is nothing to write. `now` is RFC 3339.
 pub fn merged(have: Option<&Json>, want: &ObjectStatus, now: &str) -> Option<Json> {
@@ -28,9 +32,13 @@ pub fn merged(have: Option<&Json>, want: &ObjectStatus, now: &str) -> Option<Jso
                     "conditions" => {
                         let others = array(have, "conditions").iter().filter(|condition| {
                             find(array(&wanted, "conditions"), condition, &["type"]).is_none()
+                                && !is_ours_alone(condition)
                         });
                         let mut all: Vec<Json> = others.cloned().collect();
                         all.extend(timed(array(have, "conditions"), array(&wanted, "conditions"), now));
+                        if all.is_empty() && !fields.contains_key("conditions") {
+                            continue;
+                        }
                         all.into()
                     }
                     "listeners" => listeners(array(have, "listeners"), array(&wanted, "listeners"), now),
@@ -41,6 +49,12 @@ pub fn merged(have: Option<&Json>, want: &ObjectStatus, now: &str) -> Option<Jso
         }
     }
     (!same(&next, have)).then_some(next)
+}
+
+/// A condition that only we write.
+fn is_ours_alone(condition: &Json) -> bool {
+    let kind = condition.get("type").and_then(Json::as_str);
+    kind.is_some_and(|kind| OURS_ALONE.contains(&kind))
 }
 
 fn array<'a>(of: &'a Json, field: &str) -> &'a [Json] {
@@ -116,6 +130,22 @@ mod tests {
 
     fn conditions(all: Vec<Condition>) -> ObjectStatus {
         ObjectStatus::Conditions(Conditions { conditions: all })
+    }
+
+    #[test]
+    fn what_only_we_write_goes_when_it_is_not_wanted() {
+        let accepted = condition("Accepted", Truth::True, "m");
+        let bound = condition(OURS_ALONE[1], Truth::True, "m");
+        let foreign = json!({"type": "TheirOwn", "status": "True"});
+        let both =
+            merged(Some(&json!({"conditions": [foreign]})), &conditions(vec![accepted.clone(), bound]), "t1");
+        let both = both.unwrap();
+        assert_eq!(both["conditions"].as_array().unwrap().len(), 3);
+        let left = merged(Some(&both), &conditions(vec![accepted]), "t2").unwrap();
+        let kinds: Vec<_> = left["conditions"].as_array().unwrap().iter().map(|one| &one["type"]).collect();
+        assert_eq!(kinds, ["TheirOwn", "Accepted"]);
+        assert_eq!(merged(Some(&left), &conditions(vec![]), "t3"), None, "Accepted may be another's");
+        assert_eq!(merged(None, &conditions(vec![]), "t3"), None);
     }
 
     #[test]

@@ -204,6 +204,12 @@ fn routes_are_told_for_each_parent_of_ours() {
             &format!("{to}, {mirror}"),
             vec![yes, resolved, "+PartiallyInvalid UnsupportedValue @5", held],
         ),
+        // A backend's share alone.
+        (
+            cart,
+            "{backendRefs: [{name: cart, port: 80}, {name: cart, port: 80, filters: [{type: RequestMirror, requestMirror: {}}]}]}",
+            vec![yes, resolved, "+PartiallyInvalid UnsupportedValue @5", held],
+        ),
         (
             cart,
             "{matches: [{path: {type: Like, value: /}}]}",
