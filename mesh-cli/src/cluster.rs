@@ -15,8 +15,9 @@ use kube::{
     },
     config::{KubeConfigOptions, Kubeconfig},
     core::GroupVersionKind,
+    discovery::{ApiGroup, Discovery, Scope, verbs},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
@@ -218,37 +219,11 @@ impl Cluster {
         let served =
             versions.filter(|version| version["served"] == true).find_map(|version| version["name"].as_str());
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        self.counted(&text(&spec["group"]), served.unwrap_or("v1"), &text(&spec["names"]["plural"]), None)
-            .await
-    }
-
-    /// How many objects of a kind a namespace has; none when the kind does not exist.
-    ///
-    /// # Errors
-    /// What the server says.
-    pub async fn count_in(
-        &self,
-        group: &str,
-        version: &str,
-        plural: &str,
-        namespace: &str,
-    ) -> Result<usize, ClusterError> {
-        self.counted(group, version, plural, Some(namespace)).await
-    }
-
-    async fn counted(
-        &self,
-        group: &str,
-        version: &str,
-        plural: &str,
-        namespace: Option<&str>,
-    ) -> Result<usize, ClusterError> {
+        let (group, version, plural) =
+            (text(&spec["group"]), served.unwrap_or("v1"), text(&spec["names"]["plural"]));
         let resource =
-            ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, plural), plural);
-        let api: Api<DynamicObject> = match namespace {
-            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
-            None => Api::all_with(self.client.clone(), &resource),
-        };
+            ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(&group, version, &plural), &plural);
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
         match within(ANSWER, api.list_metadata(&ListParams::default())).await? {
             Ok(list) => Ok(list.items.len()),
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(0),
@@ -283,11 +258,47 @@ impl Cluster {
     /// It cannot be run, does not end in time, or fails; then with what it printed.
     pub async fn exec(
         &self,
+        pod: (&str, &str),
+        container: &str,
+        command: &[&str],
+    ) -> Result<String, ClusterError> {
+        self.exec_within(COMMAND, pod, container, command).await
+    }
+
+    /// The same for a command that may take longer.
+    ///
+    /// # Errors
+    /// As for [`exec`](Self::exec).
+    pub async fn exec_within(
+        &self,
+        limit: Duration,
         (namespace, pod): (&str, &str),
         container: &str,
         command: &[&str],
     ) -> Result<String, ClusterError> {
-        within(COMMAND, self.run(namespace, pod, container, command)).await?
+        within(limit, self.run(namespace, pod, container, command)).await?
+    }
+
+    /// The objects of every kind that a namespace holds, as metadata with `kind` and `apiVersion`.
+    ///
+    /// # Errors
+    /// The kinds, or the objects of one of them, cannot be listed.
+    pub async fn inhabitants(&self, namespace: &str) -> Result<Vec<Value>, ClusterError> {
+        let discovery = within(ANSWER, Discovery::new(self.client.clone()).run()).await?;
+        let discovery = discovery.map_err(ClusterError::Silent)?;
+        let mut found = Vec::new();
+        for (resource, capabilities) in discovery.groups().flat_map(ApiGroup::recommended_resources) {
+            if capabilities.scope != Scope::Namespaced || !capabilities.supports_operation(verbs::LIST) {
+                continue;
+            }
+            let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
+            let listed = within(ANSWER, api.list_metadata(&ListParams::default())).await?;
+            let listed = listed.map_err(|error| ClusterError::new(kinds::CUSTOM_RESOURCE, error))?;
+            found.extend(listed.items.iter().map(|object| {
+                json!({"apiVersion": resource.api_version, "kind": resource.kind, "metadata": object.metadata})
+            }));
+        }
+        Ok(found)
     }
 
     async fn run(

@@ -59,6 +59,18 @@ impl Plan {
         chart::objects(&self.values, &self.namespace)
     }
 
+    /// (pure) What is to be remembered of it.
+    fn record(&self, objects: &[Value], namespace_was_there: bool) -> Record {
+        let profile = clap::ValueEnum::to_possible_value(&self.profile);
+        Record {
+            version: VERSION.to_owned(),
+            profile: profile.map(|value| value.get_name().to_owned()).unwrap_or_default(),
+            values: self.layer.clone(),
+            objects: objects.iter().map(ObjectId::of).collect(),
+            namespace_was_there,
+        }
+    }
+
     fn wish(&self) -> Wish<'_> {
         Wish {
             namespace: &self.namespace,
@@ -109,16 +121,23 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
     write_definitions(cluster, &facts.definitions.write, deadline).await?;
 
     let objects = plan.objects()?;
+    let namespace_was_there = match &former {
+        Some(former) => former.namespace_was_there,
+        None => is_foreign(cluster, &plan.namespace).await?,
+    };
+    let record = plan.record(&objects, namespace_was_there);
     let (agents, others): (Vec<&Value>, Vec<&Value>) =
         objects.iter().partition(|object| object["kind"] == "DaemonSet");
     println!("writing {} objects", objects.len());
     let mut written = BTreeSet::new();
-    for object in &others {
+    for (number, object) in others.iter().enumerate() {
         apply(cluster, object).await?;
         written.insert(ObjectId::of(object));
-        // From here on an interrupted installation can be found and removed.
-        if object["kind"] == "Namespace" {
-            remember(cluster, &plan, &objects, former.as_ref()).await?;
+        // Once there is a namespace to write into: from here on an interrupted installation can be found and removed.
+        if number == 0 {
+            let mut both = record.clone();
+            both.objects.extend(former.iter().flat_map(|former| former.objects.iter().cloned()));
+            apply(cluster, &both.object(&plan.namespace)?).await?;
         }
     }
     wait::ready(cluster, &plan.namespace, wait::CONTROL, deadline).await?;
@@ -132,7 +151,7 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
         println!("removing {obsolete}");
         remove(cluster, &obsolete).await?;
     }
-    remember(cluster, &plan, &objects, None).await?;
+    apply(cluster, &record.object(&plan.namespace)?).await?;
     println!(
         "Undermesh {VERSION} is installed in {}. Next:\n  kubectl label namespace NAMESPACE \
          istio.io/dataplane-mode=ambient",
@@ -141,23 +160,10 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
     Ok(())
 }
 
-/// Notes what is installed, and what of a former installation is not removed yet.
-async fn remember(
-    cluster: &Cluster,
-    plan: &Plan,
-    objects: &[Value],
-    former: Option<&Record>,
-) -> anyhow::Result<()> {
-    let profile = clap::ValueEnum::to_possible_value(&plan.profile);
-    let mut all: BTreeSet<ObjectId> = objects.iter().map(ObjectId::of).collect();
-    all.extend(former.iter().flat_map(|former| former.objects.iter().cloned()));
-    let record = Record {
-        version: VERSION.to_owned(),
-        profile: profile.map(|value| value.get_name().to_owned()).unwrap_or_default(),
-        values: plan.layer.clone(),
-        objects: all,
-    };
-    apply(cluster, &record.object(&plan.namespace)?).await
+/// Whether a namespace is there that no installation has made.
+async fn is_foreign(cluster: &Cluster, namespace: &str) -> anyhow::Result<bool> {
+    let found = cluster.get(kinds::NAMESPACE, None, namespace).await?;
+    Ok(found.is_some_and(|found| found["metadata"]["labels"][crds::PART_OF.0] != crds::PART_OF.1))
 }
 
 /// Writes definitions and waits until the server serves them.

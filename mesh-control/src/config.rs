@@ -160,6 +160,7 @@ impl Settings {
             root_namespace,
             install_namespace,
             cluster: self.cluster_id.as_str().into(),
+            needs_classes: self.source.is_some(),
             ..fallback
         }
     }
@@ -184,6 +185,7 @@ mod tests {
         let pod = ["--pod-name", "p", "--pod-namespace", "mesh"];
         let mesh = parse(&pod).unwrap();
         assert_eq!((&*mesh.root_namespace, &*mesh.install_namespace), ("mesh", "mesh"));
+        assert!(mesh.needs_classes);
         let mesh = parse(&[&pod[..], &["--root-namespace", "root"]].concat()).unwrap();
         assert_eq!((&*mesh.root_namespace, &*mesh.install_namespace), ("root", "mesh"));
         assert!(parse(&pod[..2]).is_err());

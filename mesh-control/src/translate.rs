@@ -32,6 +32,8 @@ pub struct Mesh {
     pub cluster: Arc<str>,
     /// Suffix of service host names.
     pub service_domain: Arc<str>,
+    /// Whether a GatewayClass must be there for its Gateways to be ours: in a cluster others have classes, too.
+    pub needs_classes: bool,
 }
 
 impl Default for Mesh {
@@ -42,6 +44,7 @@ impl Default for Mesh {
             install_namespace: "undermesh-system".into(),
             cluster: "Kubernetes".into(),
             service_domain: "svc.cluster.local".into(),
+            needs_classes: false,
         }
     }
 }

@@ -102,7 +102,7 @@ pub async fn gather(cluster: &Cluster, objects: &[Value]) -> anyhow::Result<Fact
 }
 
 /// (pure) What is of interest about a node.
-fn node(node: &Value) -> Option<NodeFact> {
+pub fn node(node: &Value) -> Option<NodeFact> {
     let info = &node["status"]["nodeInfo"];
     let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
     let ready = node["status"]["conditions"].as_array().is_some_and(|conditions| {
@@ -171,7 +171,7 @@ fn cilium(data: &Value) -> Other {
     }
 }
 
-/// Which of the needed rights are missing: every kind of object is applied and, at uninstall, deleted.
+/// Which of the rights are missing that an installation needs.
 async fn denied(cluster: &Cluster, objects: &[Value]) -> anyhow::Result<Vec<String>> {
     let mut denied = Vec::new();
     for (verb, kind, namespace) in needed(objects) {
@@ -192,7 +192,7 @@ async fn denied(cluster: &Cluster, objects: &[Value]) -> anyhow::Result<Vec<Stri
     Ok(denied)
 }
 
-/// (pure) Verb, kind and namespace of everything that an installation does.
+/// (pure) Verb, kind and namespace of everything that an installation writes.
 fn needed(objects: &[Value]) -> BTreeSet<(&'static str, Kind, Option<String>)> {
     let mut needed = BTreeSet::new();
     let kinds = objects.iter().filter_map(|object| {

@@ -26,6 +26,9 @@ pub struct Record {
     pub values: Value,
     /// What was applied.
     pub objects: BTreeSet<ObjectId>,
+    /// The namespace was there before the first installation: it is not ours to delete.
+    #[serde(default)]
+    pub namespace_was_there: bool,
 }
 
 /// Which object.
@@ -100,9 +103,12 @@ impl Record {
         }))
     }
 
-    /// (pure) What was made before and is no longer wanted, in the order in which it is removed.
+    /// (pure) What was made before and is no longer wanted, in the order in which it is removed. Never a namespace:
+    /// everything else would go with it.
     pub fn obsolete(&self, wanted: &BTreeSet<ObjectId>) -> Vec<ObjectId> {
-        self.objects.iter().rev().filter(|object| !wanted.contains(object)).cloned().collect()
+        let unwanted =
+            self.objects.iter().rev().filter(|object| !wanted.contains(object) && object.kind != "Namespace");
+        unwanted.cloned().collect()
     }
 }
 
@@ -115,7 +121,8 @@ mod tests {
         let id = |kind: &str, name: &str| {
             ObjectId::of(&json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name}}))
         };
-        let record = Record { objects: BTreeSet::from([id("A", "a"), id("B", "b")]), ..Record::default() };
+        let objects = BTreeSet::from([id("A", "a"), id("B", "b"), id("Namespace", "ns")]);
+        let record = Record { objects, ..Record::default() };
         assert_eq!(record.obsolete(&BTreeSet::from([id("A", "a"), id("C", "c")])), [id("B", "b")]);
         let object = record.object("ns").unwrap();
         let text = object["data"]["record"].as_str().unwrap();

@@ -2,16 +2,17 @@
 //! server goes. What users wrote stays.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
+use futures_util::{StreamExt as _, stream};
 use mesh_control::status::object::CONTROLLER;
 use serde_json::{Value, json};
 
 use super::{
-    apply, crds,
+    apply, crds, facts,
     record::{self, ObjectId, Record},
     remove, wait,
 };
@@ -25,6 +26,10 @@ use crate::{
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
+/// An agent lets go of its pods within this: its drain (25 s), and what it needs around that.
+const RELEASE: Duration = Duration::from_secs(45);
+/// Nodes that are asked at the same time.
+const AT_ONCE: usize = 8;
 /// A taint of ours.
 const TAINT: &str = "undermesh.io/agent-not-ready";
 /// Label of the pods that clean.
@@ -53,42 +58,83 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     let deadline = Instant::now() + wish.timeout;
     let namespace = wish.namespace.as_str();
     cluster.version().await.context("reach the API server")?;
+    let elsewhere = elsewhere(&places(cluster).await?, namespace)?;
     let record = Record::read(cluster, namespace).await?;
     let agents = agents(cluster, namespace, record.as_ref()).await?;
-    release(cluster, namespace).await?;
+    release(cluster, namespace, deadline).await?;
     // Nothing is made anew from here on.
     delete(cluster, kinds::DEPLOYMENT, Some(namespace), wait::CONTROL.name).await?;
     gone(cluster, namespace, wait::CONTROL, deadline).await?;
-    waypoints(cluster).await?;
+    if !elsewhere {
+        waypoints(cluster).await?;
+    }
     delete(cluster, kinds::DAEMON_SET, Some(namespace), wait::NODE.name).await?;
     gone(cluster, namespace, wait::NODE, deadline).await?;
     let unclean = match (&agents, namespace_exists(cluster, namespace).await?) {
         (Some(agents), true) => clean(cluster, namespace, agents, deadline).await?,
         _ => Vec::new(),
     };
-    let here = record.iter().flat_map(|record| record.objects.iter().rev());
-    for id in here.filter(|id| id.kind != "Namespace" && id.kind != "DaemonSet") {
-        told(remove(cluster, id).await?, id);
-    }
-    rest(cluster, namespace).await?;
-    untaint(cluster).await?;
-    if wish.definitions {
-        definitions(cluster).await?;
+    if !elsewhere {
+        untaint(cluster).await?;
     }
     if !unclean.is_empty() {
         for (node, why) in &unclean {
             eprintln!("{node} is not clean: {why}");
         }
+        // What cleaning needs stays for the next attempt: the account, the record.
         bail!(
             "{} nodes are not clean; pods there stay captured. `meshctl uninstall` again when they are up, or there: \
              mesh-node clean --all",
             unclean.len()
         );
     }
+    let here = record.iter().flat_map(|record| record.objects.iter().rev());
+    for id in here.filter(|id| id.kind != "Namespace" && id.kind != "DaemonSet") {
+        told(remove(cluster, id).await?, id);
+    }
+    delete(cluster, kinds::SECRET, Some(namespace), "undermesh-ca").await?;
+    delete(cluster, kinds::LEASE, Some(namespace), "undermesh-control").await?;
+    if !elsewhere {
+        rest(cluster).await?;
+        if wish.definitions {
+            definitions(cluster).await?;
+        }
+    }
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
-    leave(cluster, namespace, deadline).await?;
+    leave(cluster, namespace, record.is_some_and(|record| record.namespace_was_there), deadline).await?;
     println!("Undermesh is gone; labels, routes and policies of users are as they were");
     Ok(())
+}
+
+/// Namespaces where an installation is, or what is left of one.
+async fn places(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
+    let mut places = BTreeSet::new();
+    let marks = [
+        (kinds::DEPLOYMENT, wait::CONTROL.name),
+        (kinds::DAEMON_SET, wait::NODE.name),
+        (kinds::CONFIG_MAP, record::NAME),
+    ];
+    for (kind, name) in marks {
+        let found = cluster.list(kind, None, OURS).await?;
+        let named = found.iter().filter(|object| object["metadata"]["name"] == name);
+        places.extend(named.filter_map(|object| object["metadata"]["namespace"].as_str().map(str::to_owned)));
+    }
+    Ok(places)
+}
+
+/// (pure) Whether there is an installation in another namespace as well: what is the cluster's is that one's then.
+///
+/// # Errors
+/// It is only there: nothing is to be removed here.
+fn elsewhere(places: &BTreeSet<String>, namespace: &str) -> anyhow::Result<bool> {
+    let others: Vec<&str> = places.iter().map(String::as_str).filter(|place| *place != namespace).collect();
+    if !others.is_empty() && !places.contains(namespace) {
+        bail!(
+            "Undermesh is not in namespace {namespace} but in {}: nothing was changed. Name it with --namespace",
+            others.join(", ")
+        );
+    }
+    Ok(!others.is_empty())
 }
 
 fn told(was_there: bool, id: &ObjectId) {
@@ -127,24 +173,38 @@ async fn agents(
 }
 
 /// Asks every agent to let go of its pods, so that only what is proxied drains and nothing new is refused meanwhile.
-async fn release(cluster: &Cluster, namespace: &str) -> anyhow::Result<()> {
-    for pod in wait::pods(cluster, namespace, wait::NODE).await? {
-        let (Some(name), node) = (pod["metadata"]["name"].as_str(), &pod["spec"]["nodeName"]) else {
-            continue;
-        };
+async fn release(cluster: &Cluster, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
+    let down = not_ready(cluster).await?;
+    let pods = wait::pods(cluster, namespace, wait::NODE).await?;
+    let up = pods.iter().filter(|pod| !is_on(pod, &down));
+    let each = up.map(|pod| async {
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+        let node = pod["spec"]["nodeName"].as_str().unwrap_or("?");
+        let limit = RELEASE.min(deadline.saturating_duration_since(Instant::now()));
         let command = [wait::NODE.program, "release"];
-        match cluster.exec((namespace, name), wait::NODE.container, &command).await {
-            Ok(_) => println!("released the pods of {}", node.as_str().unwrap_or("?")),
+        match cluster.exec_within(limit, (namespace, name), wait::NODE.container, &command).await {
+            Ok(_) => println!("released the pods of {node}"),
             // Cleaning takes them out as well; until then they are refused.
-            Err(error) => {
-                println!("{}: pods are released by cleaning: {error}", node.as_str().unwrap_or("?"))
-            }
+            Err(error) => println!("{node}: pods are released by cleaning: {error}"),
         }
-    }
+    });
+    stream::iter(each).buffer_unordered(AT_ONCE).collect::<Vec<()>>().await;
     Ok(())
 }
 
-/// Waits until a component has no pod left.
+/// Nodes whose kubelet is silent: their pods do not end, and nothing can be run there.
+async fn not_ready(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
+    let nodes = cluster.list(kinds::NODE, None, "").await?;
+    let facts = nodes.iter().filter_map(facts::node).filter(|node| !node.ready);
+    Ok(facts.map(|node| node.name).collect())
+}
+
+/// (pure) Whether a pod is on one of these nodes.
+fn is_on(pod: &Value, nodes: &BTreeSet<String>) -> bool {
+    pod["spec"]["nodeName"].as_str().is_some_and(|node| nodes.contains(node))
+}
+
+/// Waits until a component has no pod left on any node that is ready.
 async fn gone(
     cluster: &Cluster,
     namespace: &str,
@@ -153,7 +213,9 @@ async fn gone(
 ) -> anyhow::Result<()> {
     let mut told = None;
     loop {
-        let left = wait::pods(cluster, namespace, component).await?.len();
+        let down = not_ready(cluster).await?;
+        let pods = wait::pods(cluster, namespace, component).await?;
+        let left = pods.iter().filter(|pod| !is_on(pod, &down)).count();
         if left == 0 {
             return Ok(());
         }
@@ -170,7 +232,14 @@ async fn gone(
 
 /// What was made for Gateways; the Gateways are the users'.
 async fn waypoints(cluster: &Cluster) -> anyhow::Result<()> {
-    for kind in [kinds::DEPLOYMENT, kinds::SERVICE, kinds::SERVICE_ACCOUNT, kinds::CONFIG_MAP] {
+    let made = [
+        kinds::DEPLOYMENT,
+        kinds::DISRUPTION_BUDGET,
+        kinds::SERVICE,
+        kinds::SERVICE_ACCOUNT,
+        kinds::CONFIG_MAP,
+    ];
+    for kind in made {
         for object in cluster.list(kind, None, PROVISIONED).await? {
             let id = identify(kind, &object);
             told(remove(cluster, &id).await?, &id);
@@ -201,8 +270,13 @@ async fn clean(
     let nodes = cluster.list(kinds::NODE, None, &labels.join(",")).await?;
     let nodes: Vec<&str> = nodes.iter().filter_map(|node| node["metadata"]["name"].as_str()).collect();
     println!("cleaning {} nodes", nodes.len());
-    let mut waiting = BTreeMap::new();
+    let down = not_ready(cluster).await?;
+    let (mut waiting, mut unclean) = (BTreeMap::new(), Vec::new());
     for (number, node) in nodes.iter().enumerate() {
+        if down.contains(*node) {
+            unclean.push(((*node).to_owned(), "the node is not ready".to_owned()));
+            continue;
+        }
         let name = format!("undermesh-clean-{number}");
         // One of a former attempt has another node, or has ended.
         while cluster.delete(kinds::POD, Some(namespace), &name).await? {
@@ -239,7 +313,8 @@ async fn clean(
     for number in 0..nodes.len() {
         delete(cluster, kinds::POD, Some(namespace), &format!("undermesh-clean-{number}")).await?;
     }
-    Ok(waiting.into_values().collect())
+    unclean.extend(waiting.into_values());
+    Ok(unclean)
 }
 
 fn why(pod: &Value) -> Option<String> {
@@ -299,7 +374,7 @@ fn cleaner(agents: &Value, namespace: &str, (name, node): (&str, &str)) -> Value
 }
 
 /// What the record does not have: made by the control plane, or by Helm, or by another version.
-async fn rest(cluster: &Cluster, namespace: &str) -> anyhow::Result<()> {
+async fn rest(cluster: &Cluster) -> anyhow::Result<()> {
     for class in cluster.list(kinds::GATEWAY_CLASS, None, "").await? {
         if class["spec"]["controllerName"] == CONTROLLER {
             delete(
@@ -320,8 +395,7 @@ async fn rest(cluster: &Cluster, namespace: &str) -> anyhow::Result<()> {
             }
         }
     }
-    delete(cluster, kinds::SECRET, Some(namespace), "undermesh-ca").await?;
-    delete(cluster, kinds::LEASE, Some(namespace), "undermesh-control").await
+    Ok(())
 }
 
 /// Takes the taint off nodes, else nothing would ever run on those that were waiting for an agent.
@@ -359,33 +433,46 @@ async fn definitions(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Removes the namespace when nothing of anybody else is in it.
-async fn leave(cluster: &Cluster, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
+/// Removes the namespace when the installation made it and nothing of anybody else is in it.
+async fn leave(cluster: &Cluster, namespace: &str, was_there: bool, deadline: Instant) -> anyhow::Result<()> {
     let Some(found) = cluster.get(kinds::NAMESPACE, None, namespace).await? else { return Ok(()) };
-    if found["metadata"]["labels"]["app.kubernetes.io/part-of"] != "undermesh" {
-        println!("namespace {namespace} stays: it was not made by the installation");
-        return Ok(());
-    }
-    let mut others = Vec::new();
-    for kind in [kinds::SECRET, kinds::POD, kinds::SERVICE, kinds::CONFIG_MAP] {
-        for object in cluster.list(kind, Some(namespace), "").await? {
-            let id = identify(kind, &object);
-            let ours = object["metadata"]["labels"]["app.kubernetes.io/part-of"] == "undermesh";
-            if !ours && id.name != "kube-root-ca.crt" {
-                others.push(id.to_string());
+    let why = match () {
+        () if was_there => "it was there before the installation".to_owned(),
+        () if found["metadata"]["labels"]["app.kubernetes.io/part-of"] != "undermesh" => {
+            "it was not made by the installation".to_owned()
+        }
+        () => {
+            // What cannot be seen may be there.
+            let all = cluster.inhabitants(namespace).await.context("list what the namespace holds")?;
+            let others: Vec<String> =
+                all.iter().filter(|one| is_foreign(one)).map(|one| ObjectId::of(one).to_string()).collect();
+            if others.is_empty() {
+                return end(cluster, namespace, deadline).await;
             }
+            format!("it holds what is not ours: {}", others.join(", "))
         }
-    }
-    for kind in ["authorizationpolicies", "peerauthentications"] {
-        let count = cluster.count_in("security.istio.io", "v1", kind, namespace).await?;
-        if count > 0 {
-            others.push(format!("{count} {kind}"));
-        }
-    }
-    if !others.is_empty() {
-        println!("namespace {namespace} stays, since it holds what is not ours: {}", others.join(", "));
-        return Ok(());
-    }
+    };
+    println!("namespace {namespace} stays: {why}");
+    // Without the labels that we wrote; what others wrote is theirs.
+    apply(cluster, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})).await
+}
+
+/// (pure) Whether an object of the namespace is neither ours nor made by Kubernetes itself.
+fn is_foreign(object: &Value) -> bool {
+    let meta = &object["metadata"];
+    let owned = meta["ownerReferences"].as_array().is_some_and(|owners| !owners.is_empty());
+    let ours = meta["labels"]["app.kubernetes.io/part-of"] == "undermesh";
+    // Whoever made the Service has the Endpoints; an Event or a metric holds nothing.
+    let shadow = ["Event", "Endpoints", "PodMetrics"].iter().any(|kind| object["kind"] == *kind);
+    let made = match object["kind"].as_str() {
+        Some("ConfigMap") => meta["name"] == "kube-root-ca.crt" || meta["name"] == "istio-ca-root-cert",
+        Some("ServiceAccount") => meta["name"] == "default",
+        _ => false,
+    };
+    !(owned || ours || shadow || made)
+}
+
+async fn end(cluster: &Cluster, namespace: &str, deadline: Instant) -> anyhow::Result<()> {
     delete(cluster, kinds::NAMESPACE, None, namespace).await?;
     while namespace_exists(cluster, namespace).await? {
         if Instant::now() >= deadline {
@@ -399,6 +486,55 @@ async fn leave(cluster: &Cluster, namespace: &str, deadline: Instant) -> anyhow:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_installation_elsewhere_is_not_touched() {
+        let places = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        assert!(!elsewhere(&places(&[]), "mesh").unwrap(), "leftovers may be removed");
+        assert!(!elsewhere(&places(&["mesh"]), "mesh").unwrap());
+        assert!(elsewhere(&places(&["mesh", "other"]), "mesh").unwrap());
+        let said = elsewhere(&places(&["other"]), "mesh").unwrap_err().to_string();
+        assert!(
+            said.contains("namespace mesh but in other") && said.contains("nothing was changed"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_namespace_goes_with_nothing_of_anybody_else() {
+        let object = |kind: &str, name: &str, more: Value| {
+            let mut metadata = json!({"name": name, "namespace": "mesh"});
+            crate::chart::values::overlay(&mut metadata, more);
+            json!({"apiVersion": "v1", "kind": kind, "metadata": metadata})
+        };
+        for (kind, name, more, foreign) in [
+            ("PersistentVolumeClaim", "data", json!({}), true),
+            ("CronJob", "backup", json!({}), true),
+            ("Deployment", "theirs", json!({}), true),
+            (
+                "Deployment",
+                "undermesh-control",
+                json!({"labels": {"app.kubernetes.io/part-of": "undermesh"}}),
+                false,
+            ),
+            ("ReplicaSet", "x", json!({"ownerReferences": [{"name": "undermesh-control"}]}), false),
+            ("ConfigMap", "kube-root-ca.crt", json!({}), false),
+            ("ConfigMap", "theirs", json!({}), true),
+            ("ServiceAccount", "default", json!({}), false),
+            ("ServiceAccount", "theirs", json!({}), true),
+            ("Secret", "cacerts", json!({}), true),
+            ("Event", "e", json!({}), false),
+        ] {
+            assert_eq!(is_foreign(&object(kind, name, more)), foreign, "{kind} {name}");
+        }
+    }
+
+    #[test]
+    fn pods_of_a_silent_node_are_not_waited_for() {
+        let silent = BTreeSet::from(["b".to_owned()]);
+        let pod = |node: &str| json!({"spec": {"nodeName": node}});
+        assert!(is_on(&pod("b"), &silent) && !is_on(&pod("a"), &silent) && !is_on(&json!({}), &silent));
+    }
 
     #[test]
     fn a_cleaner_is_an_agent_that_ends() {

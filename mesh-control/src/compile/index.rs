@@ -120,10 +120,10 @@ impl<'a> Index<'a> {
     /// Gateways whose class belongs to another controller are that one's. In a cluster a class that is not there may be
     /// anybody's, unless it has our name; in a directory nobody else is.
     fn disown(&mut self) {
-        let (classes, cluster) = (&self.classes, !self.mesh.install_namespace.is_empty());
+        let (classes, needed) = (&self.classes, self.mesh.needs_classes);
         let foreign = |class: &str| match classes.get(class) {
             Some(class) => !class.facts.ours,
-            None => cluster && class != OWN_CLASS,
+            None => needed && class != OWN_CLASS,
         };
         let (theirs, ours) = std::mem::take(&mut self.waypoints)
             .into_iter()

@@ -207,7 +207,7 @@ fn a_service_is_bound_by_its_nearest_label() {
         ("", "istio.io/use-waypoint: gw", &*workloads, None, None),
         ("istio.io/use-waypoint: gw", "", &*nothing, None, None),
         // What the Gateway does not say, its class may.
-        ("", "istio.io/use-waypoint: gw", &*of_class, None, None),
+        ("", "istio.io/use-waypoint: gw", of_class, None, None),
     ] {
         let got = bound(own, inherited, more);
         assert_eq!((got.0, got.1.as_deref()), (reference, reason), "{own} | {inherited}");
@@ -491,7 +491,7 @@ fn a_gateway_of_a_class_that_is_not_there_is_nobodys() {
         let translated = parsed.objects.iter().map(|one| (one.key.clone(), Arc::new(translate(one, mesh))));
         compile(&translated.collect(), mesh).waypoints.contains_key("shop/w")
     };
-    let (cluster, directory) = (Mesh::default(), Mesh { install_namespace: "".into(), ..Mesh::default() });
+    let (cluster, directory) = (Mesh { needs_classes: true, ..Mesh::default() }, Mesh::default());
     assert!(!of(&cluster, "istio-waypoint") && of(&cluster, "undermesh-waypoint"));
     assert!(of(&directory, "istio-waypoint"));
 }

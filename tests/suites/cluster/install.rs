@@ -103,10 +103,23 @@ pub fn profiles(cluster: &Cluster) -> anyhow::Result<()> {
 
 /// The mesh goes: the application does not notice, and no node keeps a trace.
 pub fn uninstall(cluster: &Cluster) -> anyhow::Result<()> {
+    let before = own_pods(cluster)?;
+    let wrong = meshctl(&["uninstall", "--namespace", "nowhere"]).err().context("it is not there")?;
+    let said = format!("{wrong:#}");
+    ensure!(said.contains(MESH_NAMESPACE) && said.contains("nothing was changed"), "{said}");
+    ensure!(before == own_pods(cluster)?, "the installation of another namespace was touched");
     meshctl(&["uninstall"])?;
     let gone = cluster.run(&["get", "namespace", MESH_NAMESPACE, "--ignore-not-found"])?;
     ensure!(gone.trim().is_empty(), "the namespace stayed: {gone}");
     story::whole_page(cluster)?;
+    // Everything but definitions of kinds, in every namespace: of the waypoints, too.
+    let kinds = "deployments,daemonsets,pods,services,serviceaccounts,configmaps,secrets,poddisruptionbudgets,leases,\
+                 clusterroles,clusterrolebindings,gatewayclasses";
+    wait::until("nothing of ours to be at the API server", || {
+        let query = ["get", kinds, "-A", "-l", "app.kubernetes.io/part-of=undermesh", "-o", "name"];
+        let left = cluster.run(&query).map_err(|error| format!("{error:#}"))?;
+        if left.trim().is_empty() { Ok(()) } else { Err(left) }
+    })?;
     if cluster.is_own() {
         for node in cluster.nodes()? {
             wait::until(&format!("no trace on {node}"), || {
