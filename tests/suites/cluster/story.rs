@@ -126,7 +126,7 @@ fn last_enrolled(cluster: &Cluster, namespace: &str) -> anyhow::Result<OffsetDat
     let mut times = Vec::new();
     for node in cluster.nodes()? {
         let log = cluster.run(&["-n", MESH_NAMESPACE, "logs", &cluster.agent(&node)?.name])?;
-        let of_namespace = format!("namespace={namespace}");
+        let of_namespace = format!("namespace={namespace:?}");
         let enrolled =
             log.lines().filter(|line| line.contains("pod enrolled") && line.contains(&of_namespace));
         for line in enrolled {
