@@ -146,6 +146,56 @@ async fn kinds_that_are_not_served_are_none_and_are_found_when_they_come() {
     until(&pipeline, "the kind gone", |world| world.carried.is_empty()).await;
 }
 
+/// The world while `change` comes about: it always has the policies.
+async fn never_without_policies(pipeline: &Pipeline, what: &str, change: impl Fn(&World) -> bool) {
+    until(pipeline, what, |world| {
+        assert!(!world.carried.is_empty(), "before {what}: a policy was lost");
+        change(world)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_404_of_something_in_between_takes_nothing_away() {
+    let cluster = Cluster::new().await;
+    cluster.api.put("pods", pod("a", "10.0.0.1"));
+    cluster.api.put("peerauthentications", policy("p", "mode"));
+    let pipeline = cluster.follow();
+    until(&pipeline, "the policy", |world| world.carried.len() == 1).await;
+    for plural in ["peerauthentications", "pods"] {
+        cluster.api.hide(plural, true);
+    }
+    let before = cluster.api.refusals();
+    let refused = async {
+        while cluster.api.refusals() < before + 4 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, refused).await.unwrap();
+    let now = pipeline.subscribe().borrow().clone();
+    assert_eq!((pods(&now.world), now.world.carried.len()), (vec!["a"], 1));
+    for plural in ["peerauthentications", "pods"] {
+        cluster.api.hide(plural, false);
+    }
+    cluster.api.put("peerauthentications", policy("q", "mode"));
+    never_without_policies(&pipeline, "the other policy", |world| world.carried.len() == 2).await;
+}
+
+#[tokio::test]
+async fn a_kind_that_changes_its_version_is_never_missed() {
+    let cluster = Cluster::new().await;
+    cluster.api.put("peerauthentications", policy("p", "mode"));
+    cluster.api.serve("v1/peerauthentications", false);
+    let pipeline = cluster.follow();
+    until(&pipeline, "the policy of the older version", |world| world.carried.len() == 1).await;
+    cluster.api.serve("v1beta1/peerauthentications", false);
+    cluster.api.serve("v1/peerauthentications", true);
+    cluster.api.down(true);
+    cluster.api.down(false);
+    cluster.api.put("peerauthentications", policy("q", "mode"));
+    never_without_policies(&pipeline, "the other policy", |world| world.carried.len() == 2).await;
+}
+
 #[tokio::test]
 async fn replicas_that_start_together_share_one_root() {
     let cluster = Cluster::new().await;

@@ -1,7 +1,8 @@
 //! The Kubernetes API as the source: one watch per kind, each starting from a complete list.
 //!
 //! Lists are read from the quorum, so nothing goes back in time; what was told stays in force while the API server is
-//! away. A kind that is not served (its CRD is not installed) counts as empty, and is looked for again.
+//! away. A kind that is not served (its CRD is not installed) counts as empty, and is looked for again; but only the API
+//! server's own list of what it serves says so, not a 404 of whatever stands in between.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,6 +41,8 @@ pub const KINDS: [Kind; 13] = [
 pub const OPTIONS: &str = "undermesh";
 /// A kind that is not served is looked for again after this time.
 const ABSENT: Duration = Duration::from_secs(5);
+/// The API server says within this time what it serves.
+const ANSWER: Duration = Duration::from_secs(10);
 /// First and last wait after the API server refused or was away.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 /// Waits are spread by this share, so that replicas do not come back together.
@@ -133,20 +136,24 @@ impl Follower {
         let versions = self.kind.versions();
         let (mut version, mut failures, chance) = (0, 0_u32, Chance::random());
         loop {
-            let (ended, worked) = self.follow(versions[version % versions.len()]).await;
+            let (mut ended, worked) = self.follow(versions[version]).await;
             if worked {
                 failures = 0;
             }
+            let mut wait = BACKOFF.0;
+            if matches!(ended, Ended::NotServed) {
+                match self.served().await {
+                    Ok(Some(found)) if found != version => version = found,
+                    Ok(Some(_)) => ended = Ended::Failed("404 for what is served".to_owned()),
+                    Ok(None) => {
+                        self.take(|cluster| cluster.replace(self.kind, Vec::new()));
+                        wait = ABSENT;
+                    }
+                    Err(reason) => ended = Ended::Failed(reason),
+                }
+            }
             let wait = match ended {
-                Ended::NotServed if (version + 1) % versions.len() != 0 => {
-                    version += 1;
-                    continue;
-                }
-                Ended::NotServed => {
-                    version = 0;
-                    self.take(|cluster| cluster.replace(self.kind, Vec::new()));
-                    ABSENT
-                }
+                Ended::NotServed => wait,
                 Ended::Failed(reason) => {
                     failures = failures.saturating_add(1);
                     tracing::warn!(kind = %self.kind, reason, "cannot be watched; what is known stays in force");
@@ -155,6 +162,32 @@ impl Follower {
             };
             tokio::time::sleep(chance.jitter(wait, JITTER)).await;
         }
+    }
+
+    /// Which of the versions that are read the API server serves, by its own list; none when it has none of them.
+    async fn served(&self) -> Result<Option<usize>, String> {
+        let asked = tokio::time::timeout(ANSWER, self.discover()).await;
+        asked.map_err(|_| "no answer in time".to_owned())?.map_err(|error| reason(&error))
+    }
+
+    async fn discover(&self) -> Result<Option<usize>, kube::Error> {
+        let group = self.kind.group();
+        // What every API server has.
+        if group.is_empty() {
+            return Ok(Some(0));
+        }
+        let groups = self.client.list_api_groups().await?.groups;
+        let Some(found) = groups.into_iter().find(|found| found.name == group) else { return Ok(None) };
+        for (number, version) in self.kind.versions().iter().enumerate() {
+            if !found.versions.iter().any(|served| served.version == *version) {
+                continue;
+            }
+            let list = self.client.list_api_group_resources(&format!("{group}/{version}")).await?;
+            if list.resources.iter().any(|resource| resource.name == self.kind.plural()) {
+                return Ok(Some(number));
+            }
+        }
+        Ok(None)
     }
 
     fn api(&self, version: &str) -> Api<DynamicObject> {

@@ -40,8 +40,10 @@ struct State {
     /// By plural name, then by `namespace/name`.
     objects: BTreeMap<String, BTreeMap<String, Json>>,
     history: BTreeMap<String, Vec<Change>>,
-    /// Collections that are not served.
+    /// Collections that are not served, as `plural` or `version/plural`.
     absent: BTreeSet<String>,
+    /// Collections for which something in between answers 404.
+    hidden: BTreeSet<String>,
     /// Everything is refused.
     down: bool,
     /// Watches that begin before this version are told to list anew.
@@ -49,7 +51,19 @@ struct State {
     tokens: BTreeMap<String, Json>,
     reviews: usize,
     lists: usize,
+    refusals: usize,
 }
+
+/// Groups, their versions, and what is in them.
+const GROUPS: [(&str, &[&str], &[&str]); 3] = [
+    ("discovery.k8s.io", &["v1"], &["endpointslices"]),
+    (
+        "gateway.networking.k8s.io",
+        &["v1", "v1beta1"],
+        &["gatewayclasses", "gateways", "httproutes", "grpcroutes", "referencegrants"],
+    ),
+    ("security.istio.io", &["v1", "v1beta1"], &["authorizationpolicies", "peerauthentications"]),
+];
 
 /// The server.
 #[derive(Clone)]
@@ -125,6 +139,17 @@ impl ApiServer {
         });
     }
 
+    /// Whether something in between answers 404 for a collection that is served.
+    pub fn hide(&self, plural: &str, hidden: bool) {
+        self.change(|state| {
+            if hidden {
+                state.hidden.insert(plural.to_owned());
+            } else {
+                state.hidden.remove(plural);
+            }
+        });
+    }
+
     /// Refuses everything and ends the watches, or serves again.
     pub fn down(&self, down: bool) {
         self.change(|state| state.down = down);
@@ -154,6 +179,11 @@ impl ApiServer {
         self.state.lock().lists
     }
 
+    /// How often a collection was asked for that it does not give.
+    pub fn refusals(&self) -> usize {
+        self.state.lock().refusals
+    }
+
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
@@ -167,7 +197,10 @@ impl ApiServer {
         if place.plural == "tokenreviews" {
             return self.review(&body);
         }
-        if self.state.lock().absent.contains(&place.plural) {
+        if let Some(known) = self.discovery(head.uri.path()) {
+            return reply(200, &known);
+        }
+        if self.state.lock().refuses(&place) {
             return failure(404, "NotFound");
         }
         match (&head.method, place.name.is_empty()) {
@@ -181,6 +214,35 @@ impl ApiServer {
             (&Method::POST, true) => self.create(&place, body),
             (&Method::PATCH, false) => self.patch(&place, &body),
             _ => failure(405, "MethodNotAllowed"),
+        }
+    }
+
+    /// What it serves, where that is asked for.
+    fn discovery(&self, path: &str) -> Option<Json> {
+        let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let state = self.state.lock();
+        match parts[..] {
+            ["apis"] => {
+                let group = |name: &str, versions: &[&str]| {
+                    let served = |version: &&str| json!({"groupVersion": format!("{name}/{version}"), "version": version});
+                    json!({"name": name, "versions": versions.iter().map(served).collect::<Vec<_>>()})
+                };
+                let groups = GROUPS.map(|(name, versions, _)| group(name, versions));
+                Some(json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}))
+            }
+            ["apis", group, version] => {
+                let (.., plurals) = GROUPS.iter().find(|(name, ..)| *name == group)?;
+                let served = |plural: &&&str| {
+                    let by_version = format!("{version}/{plural}");
+                    !state.absent.contains(**plural) && !state.absent.contains(&by_version)
+                };
+                let resource = |plural: &&str| json!({"name": plural, "singularName": "", "namespaced": true, "kind": "X", "verbs": ["list"]});
+                let resources: Vec<_> = plurals.iter().filter(served).map(resource).collect();
+                Some(
+                    json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": format!("{group}/{version}"), "resources": resources}),
+                )
+            }
+            _ => None,
         }
     }
 
@@ -269,7 +331,8 @@ impl ApiServer {
     /// What is new since `seen`, and whether the watch ends.
     fn events(&self, plural: &str, seen: &mut u64) -> (Vec<Json>, bool) {
         let state = self.state.lock();
-        if state.down || state.absent.contains(plural) {
+        let gone = |name: &String| name.rsplit('/').next() == Some(plural);
+        if state.down || state.absent.iter().any(gone) || state.hidden.contains(plural) {
             return (Vec::new(), true);
         }
         if *seen < state.compacted {
@@ -285,6 +348,15 @@ impl ApiServer {
 }
 
 impl State {
+    fn refuses(&mut self, place: &Place) -> bool {
+        let by_version = format!("{}/{}", place.version, place.plural);
+        let refuses = self.hidden.contains(&place.plural)
+            || self.absent.contains(&place.plural)
+            || self.absent.contains(&by_version);
+        self.refusals += usize::from(refuses);
+        refuses
+    }
+
     fn put(&mut self, plural: &str, mut object: Json) {
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
@@ -305,6 +377,7 @@ impl State {
 
 #[derive(Clone, Default)]
 struct Place {
+    version: String,
     namespace: String,
     plural: String,
     name: String,
@@ -312,10 +385,11 @@ struct Place {
 
 impl Place {
     fn of(path: &str) -> Self {
-        let mut parts = path.trim_matches('/').split('/');
-        let skip = if parts.next() == Some("api") { 1 } else { 2 };
-        let mut parts: Vec<&str> = parts.skip(skip).collect();
-        let mut place = Self::default();
+        let mut parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let version = if parts[0] == "api" { 1 } else { 2 };
+        let mut place =
+            Self { version: parts.get(version).copied().unwrap_or_default().to_owned(), ..Self::default() };
+        parts.drain(..parts.len().min(version + 1));
         if parts.first() == Some(&"namespaces") && parts.len() > 2 {
             place.namespace = parts[1].to_owned();
             parts.drain(..2);
