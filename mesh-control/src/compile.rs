@@ -133,7 +133,7 @@ pub fn compile(fragments: &Fragments, mesh: &Mesh) -> World {
         waiting: index
             .nodes
             .iter()
-            .filter(|(_, node)| node.waits_for_agent)
+            .filter(|(name, node)| node.waits_for_agent && index.agent_is_ready(name))
             .map(|(n, _)| n.clone())
             .collect(),
         workloads,

@@ -232,14 +232,16 @@ impl Writer {
             }
         }
         for (key, want) in wanted {
-            if written.status.get(&key) == Some(&want) {
+            let what = format!("status of {key}");
+            // What is left alone for a while must not keep the others from their turn.
+            if written.status.get(&key) == Some(&want) || written.failed.contains_key(&what) {
                 continue;
             }
             writes += 1;
             if writes > MAX_WRITES {
                 return;
             }
-            if self.attempt(format!("status of {key}"), written, self.write_one(&key, &want)).await {
+            if self.attempt(what, written, self.write_one(&key, &want)).await {
                 written.status.insert(key, want);
             }
         }

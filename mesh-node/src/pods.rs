@@ -368,12 +368,16 @@ impl Keeper {
         // Kept first: a crash after the kernel captures and before this is written would leave a pod that no agent
         // ever serves again.
         self.save(&table, Some(&kept))?;
-        let uid = kept.pod.uid.clone();
-        let outcome = self.start(kept, netns).await;
-        if outcome.is_err() {
-            // Captured by then, maybe, and served by nobody.
-            if !self.table.borrow().serving.contains_key(&uid) {
-                self.agent.forget(&uid)?;
+        // What was captured before stays so, whatever comes of this; else it would go on without the mesh.
+        let captured = self.agent.kernel.pods()?.iter().any(|held| held.uid == kept.pod.uid);
+        let outcome = self.start(kept.clone(), netns).await;
+        if let Err(error) = &outcome {
+            let served = self.table.borrow().serving.contains_key(&kept.pod.uid);
+            match captured && !served {
+                true => self.failed(kept, error),
+                // Captured by then, maybe, and served by nobody.
+                false if !served => self.agent.forget(&kept.pod.uid)?,
+                false => {}
             }
             self.persist()?;
         }
@@ -432,15 +436,23 @@ impl Keeper {
             Err(error) => Err(error),
         };
         if let Err(error) = outcome {
-            let why = chain(&error);
-            let known = self.table.borrow().failed.get(&kept.pod.uid).is_some_and(|(_, known)| *known == why);
-            if !known {
-                tracing::warn!(uid = kept.pod.uid, why, "an enrolled pod cannot be served yet");
+            // Served, but the kernel could not be brought in line: that is tried again by itself.
+            if !self.table.borrow().serving.contains_key(&kept.pod.uid) {
+                self.failed(kept, &error);
             }
-            self.table.send_modify(|table| {
-                Arc::make_mut(table).failed.insert(kept.pod.uid.clone(), (kept, why));
-            });
         }
+    }
+
+    /// Notes that a pod that is captured cannot be served yet.
+    fn failed(&self, kept: Kept, error: &EnrolError) {
+        let why = chain(error);
+        let known = self.table.borrow().failed.get(&kept.pod.uid).is_some_and(|(_, known)| *known == why);
+        if !known {
+            tracing::warn!(uid = kept.pod.uid, why, "an enrolled pod cannot be served yet");
+        }
+        self.table.send_modify(|table| {
+            Arc::make_mut(table).failed.insert(kept.pod.uid.clone(), (kept, why));
+        });
     }
 
     async fn release(&mut self, uid: &str, how: Release) -> Result<bool, EnrolError> {
@@ -597,9 +609,11 @@ pub fn clean(directory: &std::path::Path, proc: &std::path::Path) -> Result<Vec<
     Ok(record::clean(directory)?)
 }
 
-/// Everything of a pod that blocks: rule and route, listeners, kernel. Undone when a later step fails.
+/// Everything of a pod that blocks: rule and route, listeners, kernel. Undone when a later step fails, unless the pod was
+/// captured before: then what is marked must go on being delivered here and nowhere else.
 fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listeners::Listeners), EnrolError> {
     let ips = &kept.pod.ips;
+    let before = agent.kernel.pods()?.iter().any(|held| held.uid == kept.pod.uid);
     route::ensure(&netns, ips, route::MARKING, &agent.proc)?;
     let captured = listeners::open(&netns).and_then(|listeners| {
         let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
@@ -607,6 +621,7 @@ fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listene
     });
     match captured {
         Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
+        Err(error) if before => Err(error),
         Err(error) => {
             if let Err(left) = route::undo(&netns, ips, route::MARKING, &agent.proc) {
                 tracing::warn!(

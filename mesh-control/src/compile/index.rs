@@ -8,6 +8,7 @@ use mesh_core::{
 };
 
 use super::{Fragments, PodFact, PodKey};
+use crate::credentials::review::AGENT_ACCOUNT;
 use crate::translate::{
     Fragment, Labels, Mesh, OptionFacts, Translated,
     enrolment::{NotEnrolled, Place, enrolment},
@@ -133,6 +134,20 @@ impl<'a> Index<'a> {
         self.gateways.extend(
             theirs.into_iter().map(|(name, entry)| (name, (entry.object, entry.facts.class.clone()))),
         );
+    }
+
+    /// Whether the agent of a node says that it can do its work: the plugin is in the chain, too, by which no pod starts
+    /// before it is captured.
+    pub fn agent_is_ready(&self, node: &str) -> bool {
+        self.pods.iter().any(|((namespace, _), pod)| {
+            let facts = pod.facts;
+            *namespace == self.mesh.install_namespace
+                && &*facts.service_account == AGENT_ACCOUNT
+                && &*facts.node == node
+                && facts.ready
+                && !facts.deleting
+                && !facts.finished
+        })
     }
 
     /// Which traffic a waypoint takes: as it says, else as its class says, else that to services.

@@ -721,3 +721,20 @@ fn a_node_is_told_of_every_pod_of_it_that_has_not_ended() {
     ];
     assert_eq!(told, expected);
 }
+
+/// It has the feed before the plugin is in the chain: until then pods would start without it.
+#[test]
+fn a_node_is_set_free_when_its_agent_is_ready() {
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: n2}\nspec: {taints: [{key: undermesh.io/agent-not-ready, effect: NoExecute}]}\n---\n";
+    let agent = |namespace: &str, node: &str, ready: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: undermesh-node-x, namespace: {namespace}}}\nspec: {{nodeName: {node}, hostNetwork: true, serviceAccountName: undermesh-node, containers: []}}\nstatus: {{phase: Running, podIP: 192.168.0.1, conditions: [{{type: Ready, status: '{ready}'}}]}}\n"
+        )
+    };
+    let waiting = |more: &str| world(&format!("{node}{more}")).waiting.len();
+    assert_eq!(waiting(""), 0);
+    assert_eq!(waiting(&agent("undermesh-system", "n2", "False")), 0);
+    assert_eq!(waiting(&agent("undermesh-system", "n1", "True")), 0);
+    assert_eq!(waiting(&agent("shop", "n2", "True")), 0);
+    assert_eq!(waiting(&agent("undermesh-system", "n2", "True")), 1);
+}

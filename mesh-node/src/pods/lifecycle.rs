@@ -9,7 +9,8 @@
 //!     └──────────────┘
 //!      DELETE deleted, or the namespace's name vanished; from every state
 //!
-//! At restart what was kept is adopted: Serving, or Failed and tried again until it works or the name vanishes.
+//! At restart what was kept is adopted: Serving, or Failed and tried again until it works or the name vanishes. A pod
+//! that failed stays captured, and so without connections: it never gets any around the mesh.
 //! ```
 
 use std::net::IpAddr;
@@ -78,6 +79,8 @@ pub fn on_put<'a>(held: impl Iterator<Item = (&'a Kept, Held)>, wanted: &PodReco
                 Held::Serving if kept.netns == netns && differs_in_addresses(&kept.pod, wanted) => {
                     Step::Readdress
                 }
+                // As it is wanted now, and captured all the while.
+                Held::Failed if kept.netns == netns => Step::Start,
                 Held::Serving | Held::Failed => Step::Replace,
             };
         } else if let Some(what) = claims_the_same(kept, wanted, netns) {
@@ -128,14 +131,15 @@ mod tests {
         check(&[(kept("a", HERE), Held::Serving)], &record("a"), HERE, "Already");
         check(&[(kept("a", HERE), Held::Serving)], &record("a"), THERE, "Replace");
         check(&[(kept("a", HERE), Held::Serving)], &other_account, HERE, "Replace");
-        check(&[(kept("a", HERE), Held::Failed)], &record("a"), HERE, "Replace");
+        check(&[(kept("a", HERE), Held::Failed)], &record("a"), HERE, "Start");
+        check(&[(kept("a", HERE), Held::Failed)], &record("a"), THERE, "Replace");
         check(&[(kept("b", HERE), Held::Serving)], &record("a"), HERE, "b has the network namespace");
         check(&[(kept("b", THERE), Held::Failed)], &record("a"), HERE, "b has the address 10.0.0.2");
         check(&[(kept("b", THERE), Held::Serving)], &elsewhere, HERE, "Start");
         let moved = PodRecord { uid: "a".to_owned(), ..elsewhere.clone() };
         check(&[(kept("a", HERE), Held::Serving)], &moved, HERE, "Readdress");
         check(&[(kept("a", HERE), Held::Serving)], &moved, THERE, "Replace");
-        check(&[(kept("a", HERE), Held::Failed)], &moved, HERE, "Replace");
+        check(&[(kept("a", HERE), Held::Failed)], &moved, HERE, "Start");
         check(
             &[(kept("a", HERE), Held::Serving), (kept("b", THERE), Held::Serving)],
             &record("a"),

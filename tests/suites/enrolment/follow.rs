@@ -1,19 +1,29 @@
 //! Agent, plugin and control plane together.
 
-use std::{fs, net::SocketAddr, thread, time::Duration};
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::maps::{HashMap, Map, MapData};
+use mesh_core::tunnel::HBONE_PORT;
 use mesh_ebpf_common::{
     LAYOUT,
     map::{MAX_SERVICES, Service, ServiceKey},
     wire::{Ip, PortBe, Target},
 };
+use mesh_tests::netns;
 use serde_json::Value;
 
 use crate::bed::{Bed, call, echoes, until};
 
 /// A pod may start within this time in the dark; less than the plugin's own patience.
 const HELD: Duration = Duration::from_millis(500);
+
+/// An agent tries again what failed this often.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// Pods that are started one after the other.
 const PODS: u8 = 9;
@@ -156,6 +166,37 @@ fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
     until("the pod to be gone", || match bed.captured(&sandbox)? {
         true => Err("still captured".to_owned()),
         false => Ok(()),
+    });
+}
+
+/// While an agent is away, whoever is in the pod may bind the ports that the next one needs.
+#[test]
+fn a_pod_whose_ports_are_taken_from_its_agent_has_no_connection_around_it() {
+    let mut bed = Bed::new();
+    let sandbox = bed.sandbox("a", 2);
+    let _outside = bed.serve(None, 8081);
+    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
+    bed.pod(&sandbox, false);
+    bed.control();
+    bed.agent();
+    assert!(bed.add(&sandbox).ok);
+    bed.pod(&sandbox, true);
+    bed.until_state(&sandbox, "enrolled");
+    bed.kill("mesh-node");
+    let taken = netns::within(&sandbox.netns, || Ok(TcpListener::bind(("0.0.0.0", HBONE_PORT))?)).unwrap();
+    bed.agent();
+    let why = bed.until_state(&sandbox, "failed");
+    assert!(why.contains("in use"), "{why}");
+    // Twice a second it is tried again; not between two attempts either.
+    let begin = Instant::now();
+    while begin.elapsed() < 4 * RETRY {
+        assert!(sandbox.dial(to).is_err(), "it has a connection around its agent");
+    }
+    drop(taken);
+    bed.until_state(&sandbox, "enrolled");
+    until("the pod to be served again", || {
+        let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
+        if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
     });
 }
 
