@@ -32,6 +32,7 @@ pub fn pods(index: &Index<'_>) -> BTreeMap<Arc<str>, BTreeMap<Arc<str>, Arc<Loca
             enrolment,
             probe_ports: facts.probe_ports.clone(),
             terminating: facts.deleting,
+            kubelet_uid: facts.kubelet_uid.clone(),
         };
         by_node.entry(facts.node.clone()).or_default().insert(facts.uid.clone(), Arc::new(local));
     }

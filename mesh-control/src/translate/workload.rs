@@ -67,6 +67,8 @@ pub struct PodFacts {
     pub probe_ports: BTreeSet<u16>,
     /// Name of the controller.
     pub workload_name: Arc<str>,
+    /// UID by which the kubelet knows it: of a mirror, which stands for a static pod.
+    pub kubelet_uid: Option<Arc<str>>,
 }
 
 /// Translates a Namespace.
@@ -128,6 +130,11 @@ pub fn pod(object: &Object, pod: &Pod, report: &mut Report<'_>) -> PodFacts {
         ports: spec.map(container_ports).unwrap_or_default(),
         probe_ports: spec.map(probe::ports).unwrap_or_default(),
         workload_name: workload_name(object),
+        kubelet_uid: object
+            .annotation("kubernetes.io/config.mirror")
+            .and_then(|_| object.annotation("kubernetes.io/config.hash"))
+            .filter(|hash| !hash.is_empty())
+            .map(Arc::from),
     }
 }
 

@@ -99,6 +99,7 @@ mod tests {
             enrolment,
             probe_ports: BTreeSet::new(),
             terminating: false,
+            kubelet_uid: None,
         })
     }
 

@@ -40,9 +40,17 @@ pub struct LocalPod {
     pub probe_ports: BTreeSet<u16>,
     /// It is being deleted.
     pub terminating: bool,
+    /// What the kubelet and the runtime call it, where that is not its UID: a static pod has the digest of its manifest,
+    /// and the API knows only its mirror.
+    pub kubelet_uid: Option<Arc<str>>,
 }
 
 impl LocalPod {
+    /// The UID by which the runtime knows it.
+    pub fn runtime_uid(&self) -> &str {
+        self.kubelet_uid.as_ref().unwrap_or(&self.uid)
+    }
+
     /// Whether it is to be captured.
     pub fn wanted(&self) -> bool {
         self.enrolment == Enrolment::Wanted

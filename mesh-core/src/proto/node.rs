@@ -26,6 +26,9 @@ pub struct LocalPod {
     pub probe_ports: Vec<u32>,
     #[prost(bool, tag = "9")]
     pub terminating: bool,
+    /// Empty: the same as `uid`.
+    #[prost(string, tag = "10")]
+    pub kubelet_uid: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -47,6 +50,7 @@ impl From<&model::LocalPod> for LocalPod {
             enrolment,
             probe_ports,
             terminating,
+            kubelet_uid,
         } = pod;
         Self {
             uid: uid.to_string(),
@@ -63,6 +67,7 @@ impl From<&model::LocalPod> for LocalPod {
             },
             probe_ports: probe_ports.iter().map(|port| u32::from(*port)).collect(),
             terminating: *terminating,
+            kubelet_uid: kubelet_uid.as_deref().unwrap_or_default().to_owned(),
         }
     }
 }
@@ -71,8 +76,18 @@ impl TryFrom<LocalPod> for model::LocalPod {
     type Error = Malformed;
 
     fn try_from(message: LocalPod) -> Result<Self, Malformed> {
-        let LocalPod { uid, namespace, name, service_account, ips, enrol, reason, probe_ports, terminating } =
-            message;
+        let LocalPod {
+            uid,
+            namespace,
+            name,
+            service_account,
+            ips,
+            enrol,
+            reason,
+            probe_ports,
+            terminating,
+            kubelet_uid,
+        } = message;
         for (field, value) in
             [("uid", &uid), ("namespace", &namespace), ("name", &name), ("service_account", &service_account)]
         {
@@ -96,6 +111,7 @@ impl TryFrom<LocalPod> for model::LocalPod {
             enrolment,
             probe_ports: each("probe_ports", probe_ports, port)?.into_iter().collect(),
             terminating,
+            kubelet_uid: Some(kubelet_uid).filter(|uid| !uid.is_empty()).map(Into::into),
         })
     }
 }
@@ -118,12 +134,19 @@ mod tests {
             reason: Some(Reason { word: "HostNetwork".into(), text: "it shares the node's".into() }),
             probe_ports: vec![8080, 9090],
             terminating: true,
+            kubelet_uid: "digest".into(),
         }
     }
 
     #[test]
     fn what_is_said_is_what_is_understood() {
-        let wanted = LocalPod { enrol: true, reason: None, terminating: false, ..message() };
+        let wanted = LocalPod {
+            enrol: true,
+            reason: None,
+            terminating: false,
+            kubelet_uid: String::new(),
+            ..message()
+        };
         for message in [message(), wanted] {
             let decoded = proto::decode(proto::TYPE_LOCAL_POD, &message.encode_to_vec());
             let Ok(Change::LocalPod(pod)) = decoded else { panic!("{decoded:?}") };

@@ -83,9 +83,9 @@ impl Results {
     /// The place of a pod; none when there is no record, or its namespace is gone. More than one place is none: it
     /// cannot be told which is the pod's.
     pub fn of(&self, uid: &str, namespace: &str, name: &str) -> Option<Place> {
-        let mine = |record: &&Record| match &record.uid {
-            Some(known) => known == uid,
-            None => record.namespace == namespace && record.name == name,
+        let mine = |record: &&Record| {
+            let named = record.namespace == namespace && record.name == name;
+            named && record.uid.as_ref().is_none_or(|known| known == uid)
         };
         let places = self.0.iter().filter(mine).flat_map(|record| &record.places);
         let mut found: Option<Place> = None;

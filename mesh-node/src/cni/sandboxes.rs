@@ -42,9 +42,9 @@ impl Sandboxes {
 
     /// The sandbox of a pod that still exists.
     pub fn of(&self, uid: &str, namespace: &str, name: &str) -> Option<&Sandbox> {
-        let mine = |sandbox: &&Sandbox| match &sandbox.uid {
-            Some(known) => known == uid,
-            None => sandbox.namespace == namespace && sandbox.name == name,
+        let mine = |sandbox: &&Sandbox| {
+            let named = sandbox.namespace == namespace && sandbox.name == name;
+            named && sandbox.uid.as_ref().is_none_or(|known| known == uid)
         };
         self.known.values().filter(mine).find(|sandbox| exists(sandbox))
     }
@@ -132,7 +132,8 @@ mod tests {
         sandboxes.insert("c0".to_owned(), sandbox(Some("u2"), &gone)).unwrap();
         fs::remove_file(&gone).unwrap();
         let again = Sandboxes::load(directory.path()).unwrap();
-        assert_eq!(again.of("u1", "x", "y"), Some(&sandbox(Some("u1"), &here)));
+        assert_eq!(again.of("u1", "shop", "web"), Some(&sandbox(Some("u1"), &here)));
+        assert_eq!(again.of("u1", "shop", "thief"), None, "a pod that claims another's UID");
         assert_eq!((again.of("u2", "shop", "web"), again.get("c0")), (None, None), "after a reboot");
         sandboxes.insert("a-later-one".to_owned(), sandbox(Some("u1"), &here)).unwrap();
         assert!(sandboxes.get("c1").is_none() && sandboxes.get("a-later-one").is_some());

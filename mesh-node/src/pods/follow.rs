@@ -420,7 +420,7 @@ impl Follower {
         held: Option<&PodRecord>,
         results: &mut Option<Results>,
     ) -> Result<Option<Place>, String> {
-        if let Some(sandbox) = self.sandboxes.of(&pod.uid, &pod.namespace, &pod.name) {
+        if let Some(sandbox) = self.sandboxes.of(pod.runtime_uid(), &pod.namespace, &pod.name) {
             return Ok(Some(Place { netns: on_node(&sandbox.netns), ips: sandbox.ips.clone() }));
         }
         if let Some(held) = held {
@@ -439,7 +439,7 @@ impl Follower {
                 read.map_err(|error| failed(error.to_string()))?
             }
         };
-        let place = read.of(&pod.uid, &pod.namespace, &pod.name);
+        let place = read.of(pod.runtime_uid(), &pod.namespace, &pod.name);
         *results = Some(read);
         Ok(place)
     }
@@ -469,15 +469,16 @@ impl Follower {
     /// The pod of a sandbox, if the control plane has told of it.
     fn named(&self, sandbox: &Sandbox) -> Option<Arc<LocalPod>> {
         let world = self.world.as_ref()?;
+        let mut named =
+            world.pods().filter(|pod| *pod.namespace == *sandbox.namespace && *pod.name == *sandbox.name);
         match &sandbox.uid {
-            Some(uid) => world.pod(uid).cloned(),
+            // A static pod by its name, too: anybody can write the annotation that says what the kubelet calls it.
+            Some(uid) => match world.pod(uid) {
+                Some(pod) => Some(pod.clone()),
+                None => named.find(|pod| pod.kubelet_uid.as_deref() == Some(uid.as_str())).cloned(),
+            },
             // Of two pods of one name the one that is not going.
-            None => {
-                let mut named = world
-                    .pods()
-                    .filter(|pod| *pod.namespace == *sandbox.namespace && *pod.name == *sandbox.name);
-                named.find(|pod| !pod.terminating).cloned()
-            }
+            None => named.find(|pod| !pod.terminating).cloned(),
         }
     }
 

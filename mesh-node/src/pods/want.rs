@@ -82,6 +82,7 @@ pub(crate) mod tests {
             },
             probe_ports: Default::default(),
             terminating: false,
+            kubelet_uid: None,
         }
     }
 

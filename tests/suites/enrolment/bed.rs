@@ -48,6 +48,7 @@ pub fn until<T>(what: &str, look: impl FnMut() -> Result<T, String>) -> T {
 }
 
 /// A sandbox.
+#[derive(Clone)]
 pub struct Sandbox {
     pub name: String,
     pub uid: String,
@@ -197,6 +198,19 @@ impl Bed {
              spec: {{nodeName: n1, serviceAccountName: {0}, containers: [{{name: c, image: c}}]}}\n\
              status: {status}\n",
             sandbox.name, sandbox.uid
+        );
+        self.write(&format!("{}.yaml", sandbox.name), &text);
+    }
+
+    /// Tells of a static pod: the API has its mirror under a UID of its own, which names the kubelet's.
+    pub fn static_pod(&self, sandbox: &Sandbox, kubelet_uid: &str) {
+        let text = format!(
+            "apiVersion: v1\nkind: Pod\n\
+             metadata: {{name: {0}, namespace: shop, uid: mirror-{0}, annotations: {{kubernetes.io/config.mirror: \
+             {1}, kubernetes.io/config.hash: {1}}}}}\n\
+             spec: {{nodeName: n1, serviceAccountName: {0}, containers: [{{name: c, image: c}}]}}\n\
+             status: {{phase: Pending}}\n",
+            sandbox.name, kubelet_uid
         );
         self.write(&format!("{}.yaml", sandbox.name), &text);
     }

@@ -17,7 +17,7 @@ use mesh_ebpf_common::{
 use mesh_tests::netns;
 use serde_json::Value;
 
-use crate::bed::{Bed, call, echoes, until};
+use crate::bed::{Bed, Sandbox, call, echoes, until};
 
 /// A pod may start within this time in the dark; less than the plugin's own patience.
 const HELD: Duration = Duration::from_millis(500);
@@ -167,6 +167,27 @@ fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
         true => Err("still captured".to_owned()),
         false => Ok(()),
     });
+}
+
+#[test]
+fn a_static_pod_is_the_one_that_its_mirror_names() {
+    let mut bed = Bed::new();
+    let sandbox = bed.sandbox("a", 2);
+    bed.static_pod(&sandbox, &sandbox.uid);
+    bed.control();
+    bed.agent();
+    assert!(bed.add(&sandbox).ok);
+    let mirror = Sandbox { uid: format!("mirror-{}", sandbox.name), ..sandbox.clone() };
+    bed.until_state(&mirror, "enrolled");
+    assert_eq!(bed.captured(&mirror), Ok(true));
+    // Somebody else's pod that claims to be it is not.
+    let thief = Sandbox { name: "thief".to_owned(), ..sandbox.clone() };
+    bed.static_pod(&thief, &sandbox.uid);
+    until("the other pod to be told of", || {
+        bed.followed(&Sandbox { uid: "mirror-thief".to_owned(), ..thief.clone() })
+    });
+    assert_eq!(bed.captured(&mirror), Ok(true));
+    assert_eq!(bed.captured(&Sandbox { uid: "mirror-thief".to_owned(), ..thief.clone() }), Ok(false));
 }
 
 /// While an agent is away, whoever is in the pod may bind the ports that the next one needs.
