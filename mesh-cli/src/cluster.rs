@@ -27,6 +27,8 @@ use kinds::Kind;
 const MANAGER: &str = "meshctl";
 /// The API server answers one request within this.
 const ANSWER: Duration = Duration::from_secs(30);
+/// A command that drains says nothing for almost a minute.
+const SILENCE: Duration = Duration::from_secs(60);
 /// A command in a pod ends within this.
 const COMMAND: Duration = Duration::from_secs(20);
 /// More than any answer of ours has.
@@ -104,7 +106,8 @@ impl Cluster {
             }
         };
         config.connect_timeout = Some(ANSWER);
-        config.read_timeout = Some(ANSWER);
+        // Of the connection, on which a command may be silent for long; requests have their own bound.
+        config.read_timeout = Some(SILENCE);
         config.write_timeout = Some(ANSWER);
         let namespace = config.default_namespace.clone();
         let client = Client::try_from(config).context("prepare the connection to the API server")?;

@@ -71,6 +71,8 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     delete(cluster, kinds::DAEMON_SET, Some(namespace), wait::NODE.name).await?;
     gone(cluster, namespace, wait::NODE, deadline).await?;
     let unclean = match (&agents, namespace_exists(cluster, namespace).await?) {
+        // The nodes are the other's.
+        _ if elsewhere => Vec::new(),
         (Some(agents), true) => clean(cluster, namespace, agents, deadline).await?,
         _ => Vec::new(),
     };
@@ -89,6 +91,7 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
         );
     }
     let here = record.iter().flat_map(|record| record.objects.iter().rev());
+    let here = here.filter(|id| !elsewhere || id.namespace.is_some());
     for id in here.filter(|id| id.kind != "Namespace" && id.kind != "DaemonSet") {
         told(remove(cluster, id).await?, id);
     }
@@ -100,8 +103,10 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
             definitions(cluster).await?;
         }
     }
+    let was_there = record.as_ref().is_some_and(|record| record.namespace_was_there);
+    leave(cluster, namespace, was_there, deadline).await?;
+    // Last of all: whoever comes again must know whose the namespace is.
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
-    leave(cluster, namespace, record.is_some_and(|record| record.namespace_was_there), deadline).await?;
     println!("Undermesh is gone; labels, routes and policies of users are as they were");
     Ok(())
 }
