@@ -123,7 +123,7 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
     let objects = plan.objects()?;
     let namespace_was_there = match &former {
         Some(former) => former.namespace_was_there,
-        None => is_foreign(cluster, &plan.namespace).await?,
+        None => is_of_others(cluster, &plan.namespace).await?,
     };
     let record = plan.record(&objects, namespace_was_there);
     let (agents, others): (Vec<&Value>, Vec<&Value>) =
@@ -161,7 +161,7 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
 }
 
 /// Whether a namespace is there that no installation has made.
-async fn is_foreign(cluster: &Cluster, namespace: &str) -> anyhow::Result<bool> {
+async fn is_of_others(cluster: &Cluster, namespace: &str) -> anyhow::Result<bool> {
     let found = cluster.get(kinds::NAMESPACE, None, namespace).await?;
     Ok(found.is_some_and(|found| found["metadata"]["labels"][crds::PART_OF.0] != crds::PART_OF.1))
 }

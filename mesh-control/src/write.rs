@@ -223,15 +223,10 @@ impl Writer {
         // A route without parents of ours, a policy and a Gateway are always judged while they are there.
         written.leftover.extend(gone.into_keys().filter(|key| key.kind == Kind::Service));
         written.leftover.retain(|key| !wanted.contains_key(key));
-        let mut writes = 0;
         let nothing = ObjectStatus::Conditions(Conditions::default());
-        for key in written.leftover.iter().take(MAX_WRITES).cloned().collect::<Vec<_>>() {
-            writes += 1;
-            if self.attempt(format!("status of {key}"), written, self.write_one(&key, &nothing)).await {
-                written.leftover.remove(&key);
-            }
-        }
-        for (key, want) in wanted {
+        let leftover = written.leftover.clone().into_iter().map(|key| (key, nothing.clone()));
+        let mut writes = 0;
+        for (key, want) in leftover.chain(wanted) {
             let what = format!("status of {key}");
             // What is left alone for a while must not keep the others from their turn.
             if written.status.get(&key) == Some(&want) || written.failed.contains_key(&what) {
@@ -241,7 +236,9 @@ impl Writer {
             if writes > MAX_WRITES {
                 return;
             }
-            if self.attempt(what, written, self.write_one(&key, &want)).await {
+            if self.attempt(what, written, self.write_one(&key, &want)).await
+                && !written.leftover.remove(&key)
+            {
                 written.status.insert(key, want);
             }
         }

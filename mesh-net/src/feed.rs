@@ -167,8 +167,9 @@ pub struct Feed {
     versions: HashMap<&'static str, HashMap<String, String>>,
     /// Resources that were refused and are in force after all: sent again, they are acknowledged.
     again: Option<mpsc::Receiver<Again>>,
-    /// Resources that were refused because the world could not be put in force. Once it is, they are asked for again.
-    owed: BTreeSet<Again>,
+    /// Types of which something was refused because the world could not be put in force, and the names. Once it is, they
+    /// are asked for again.
+    owed: BTreeMap<&'static str, BTreeSet<String>>,
     /// When a world that could not be put in force is tried again, and how often it was in vain.
     retry: Option<(Instant, u32)>,
     /// Answers of this stream that wait for the other types.
@@ -223,7 +224,7 @@ impl Feed {
             status,
             versions: HashMap::new(),
             again: None,
-            owed: BTreeSet::new(),
+            owed: BTreeMap::new(),
             retry: None,
             held: Vec::new(),
         };
@@ -303,7 +304,7 @@ impl Feed {
                 Event::Response(Ok(Some(response))) => self.response(response).await,
                 Event::Response(Ok(None)) => return StreamEnd::Closed,
                 Event::Response(Err(status)) => return StreamEnd::Failed(status),
-                Event::Again(again) => once_more([again]),
+                Event::Again((type_url, name)) => vec![once_more(type_url, [name.to_string()])],
                 Event::Retry => self.try_again().await,
             };
             for request in requests_now {
@@ -395,7 +396,13 @@ impl Feed {
     }
 
     fn owed_now(&mut self) -> Vec<DeltaDiscoveryRequest> {
-        once_more(std::mem::take(&mut self.owed))
+        let (named, nameless): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.owed).into_iter().partition(|(_, names)| !names.is_empty());
+        // Nothing is there to be sent again: the type is in force as it was answered.
+        self.status.send_modify(|status| {
+            status.pending.retain(|kind| !nameless.iter().any(|(owed, _)| owed == kind))
+        });
+        named.into_iter().map(|(type_url, names)| once_more(type_url, names)).collect()
     }
 
     /// ACK or NACK.
@@ -417,7 +424,7 @@ impl Feed {
         if let Err(reason) = applied {
             // By name each of them: those that a rejection does not name are taken for accepted.
             complaints.extend(batch.settled().map(|name| format!("{name}: not in force: {reason}")));
-            self.owed.extend(batch.settled().map(|name| (type_url, Arc::from(name))));
+            self.owed.entry(type_url).or_default().extend(batch.settled().map(str::to_owned));
             if complaints.is_empty() {
                 complaints.push(format!("{type_url}: not in force: {reason}"));
             }
@@ -449,18 +456,13 @@ impl Feed {
     }
 }
 
-/// Asks once more for resources, all of a type by one request.
-fn once_more(resources: impl IntoIterator<Item = Again>) -> Vec<DeltaDiscoveryRequest> {
-    let mut by_type: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for (type_url, name) in resources {
-        by_type.entry(type_url).or_default().push(name.to_string());
-    }
-    let request = |(type_url, names): (&str, _)| DeltaDiscoveryRequest {
+/// Asks once more for resources of a type.
+fn once_more(type_url: &str, names: impl IntoIterator<Item = String>) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
         type_url: type_url.to_owned(),
-        resource_names_subscribe: names,
+        resource_names_subscribe: names.into_iter().collect(),
         ..DeltaDiscoveryRequest::default()
-    };
-    by_type.into_iter().map(request).collect()
+    }
 }
 
 async fn due(retry: Option<(Instant, u32)>) {

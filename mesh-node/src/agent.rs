@@ -195,6 +195,14 @@ impl Agent {
         source::dial(&dialling, client, to).await
     }
 
+    /// Whether the kernel captures a pod.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn captures(&self, uid: &str) -> Result<bool, KernelError> {
+        Ok(self.kernel.pods()?.iter().any(|held| held.uid == uid))
+    }
+
     /// Takes a pod that is not served out of the kernel, if it is in there.
     ///
     /// # Errors

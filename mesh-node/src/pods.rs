@@ -369,7 +369,7 @@ impl Keeper {
         // ever serves again.
         self.save(&table, Some(&kept))?;
         // What was captured before stays so, whatever comes of this; else it would go on without the mesh.
-        let captured = self.agent.kernel.pods()?.iter().any(|held| held.uid == kept.pod.uid);
+        let captured = self.agent.captures(&kept.pod.uid)?;
         let outcome = self.start(kept.clone(), netns).await;
         if let Err(error) = &outcome {
             let served = self.table.borrow().serving.contains_key(&kept.pod.uid);
@@ -613,7 +613,6 @@ pub fn clean(directory: &std::path::Path, proc: &std::path::Path) -> Result<Vec<
 /// captured before: then what is marked must go on being delivered here and nowhere else.
 fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listeners::Listeners), EnrolError> {
     let ips = &kept.pod.ips;
-    let before = agent.kernel.pods()?.iter().any(|held| held.uid == kept.pod.uid);
     route::ensure(&netns, ips, route::MARKING, &agent.proc)?;
     let captured = listeners::open(&netns).and_then(|listeners| {
         let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
@@ -621,7 +620,8 @@ fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listene
     });
     match captured {
         Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
-        Err(error) if before => Err(error),
+        // The kernel lets go of what it captured in vain; what it has is from before.
+        Err(error) if agent.captures(&kept.pod.uid)? => Err(error),
         Err(error) => {
             if let Err(left) = route::undo(&netns, ips, route::MARKING, &agent.proc) {
                 tracing::warn!(

@@ -57,19 +57,24 @@ struct Local {
     flag: Flag,
     details: &'static str,
     text: &'static str,
+    /// The same to a call.
+    grpc: u16,
     /// The connection is of no more use.
     close: bool,
 }
 
 const fn local(status: StatusCode, flag: Flag, details: &'static str, text: &'static str) -> Local {
-    Local { status, flag, details, text, close: false }
+    Local { status, flag, details, text, grpc: grpc_code(status), close: false }
 }
 
 const NOT_READY: Local =
     local(StatusCode::SERVICE_UNAVAILABLE, Flag::OM, "not_ready", "the waypoint has no configuration yet");
 const NO_ROUTE: Local = local(StatusCode::NOT_FOUND, Flag::NR, "route_not_found", "");
-const NO_BACKEND: Local =
-    local(StatusCode::INTERNAL_SERVER_ERROR, Flag::NC, "no_valid_backend", "the route has no valid backend");
+/// To a call `UNAVAILABLE` (GRPCRoute, `backendRefs`).
+const NO_BACKEND: Local = Local {
+    grpc: 14,
+    ..local(StatusCode::INTERNAL_SERVER_ERROR, Flag::NC, "no_valid_backend", "the route has no valid backend")
+};
 const BAD_REWRITE: Local =
     local(StatusCode::INTERNAL_SERVER_ERROR, Flag::NC, "invalid_rewrite", "the route's rewrite is not valid");
 const NO_ENDPOINT: Local =
@@ -328,11 +333,9 @@ fn respond(
     response.map(|body| ResponseBody::upstream(body, record, deadline, lease))
 }
 
-/// The gRPC status that stands for an answer of ours, as Envoy maps the HTTP status; but a call to a backend that is
-/// none is `UNAVAILABLE` (GRPCRoute, `backendRefs`).
-fn grpc_code(answer: &Local) -> u16 {
-    match answer.status.as_u16() {
-        _ if answer.details == NO_BACKEND.details => 14,
+/// The gRPC status that stands for an HTTP status of ours, as Envoy maps them.
+const fn grpc_code(status: StatusCode) -> u16 {
+    match status.as_u16() {
         400 | 431 => 13,
         401 => 16,
         403 => 7,
@@ -346,11 +349,11 @@ fn reply(answer: Local, why: &str, mut record: Record, http2: bool) -> Response<
     record.fail(answer.flag, answer.details, why);
     let mut response = Response::new(());
     if record.seen.grpc {
-        record.grpc_status = Some(grpc_code(&answer));
+        record.grpc_status = Some(answer.grpc);
         record.status = Some(StatusCode::OK);
         let fields = response.headers_mut();
         fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        fields.insert("grpc-status", HeaderValue::from(grpc_code(&answer)));
+        fields.insert("grpc-status", HeaderValue::from(answer.grpc));
         fields.insert("grpc-message", HeaderValue::from_static(answer.text));
     } else {
         record.status = Some(answer.status);

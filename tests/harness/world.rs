@@ -472,8 +472,16 @@ fn checked(command: &mut Command) -> anyhow::Result<Output> {
 }
 
 fn end(pid: u32) -> anyhow::Result<()> {
-    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 1).context("not a process of ours")?;
-    Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?)
+    signal(pid, Signal::SIGKILL)
+}
+
+/// Sends a signal to one process of a world.
+///
+/// # Errors
+/// It is none, or is gone.
+pub fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+    let process = i32::try_from(pid).ok().filter(|pid| *pid > 1).context("not a process of ours")?;
+    kill(Pid::from_raw(process), signal).with_context(|| format!("{signal} to {pid}"))
 }
 
 impl Drop for World {

@@ -9,12 +9,9 @@ use mesh_tests::{
     peer::{Outcome, Server, ended, greet_and_echo, ping, talk},
     wait,
     wire::Wire,
-    world::{ENROLLED, Family, sleeper, two_nodes},
+    world::{ENROLLED, Family, signal, sleeper, two_nodes},
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 
 const PORT: u16 = 8080;
 const CANARY: &[u8] = b"PLAINTEXT-CANARY";
@@ -287,7 +284,7 @@ fn deleted_in_drain(fixture: &Fixture) -> anyhow::Result<()> {
     let mut other = fixture.open(&fixture.client, &fixture.far, Family::V4)?;
     drop(server);
     let agent = world.agent_pid("n2")?;
-    kill(Pid::from_raw(i32::try_from(agent)?), Signal::SIGTERM)?;
+    signal(agent, Signal::SIGTERM)?;
     wait::until_true("the drain to start", || world.log("n2").is_ok_and(|log| in_drain(&log).is_some()))?;
     world.write("extra.yaml", "")?;
     wait::until_true("the pod to be released", || {

@@ -15,13 +15,9 @@ use mesh_tests::{
     Pod, Suite, World,
     peer::{Outcome, Server, dial, greet_and_echo, ping, talk},
     wait,
-    world::{Family, two_nodes},
+    world::{Family, signal, two_nodes},
 };
-use nix::{
-    libc,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::{libc, sys::signal::Signal};
 
 const PORT: u16 = 8080;
 /// Connections that one pod may have here.
@@ -213,10 +209,6 @@ fn overload(fixture: &Fixture, agent: u32) -> anyhow::Result<()> {
     })?;
     drop(held);
     Ok(())
-}
-
-fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
-    kill(Pid::from_raw(i32::try_from(pid)?), signal).with_context(|| format!("{signal} to {pid}"))
 }
 
 fn programs_log(fixture: &Fixture) -> anyhow::Result<()> {

@@ -441,32 +441,34 @@ async fn definitions(cluster: &Cluster) -> anyhow::Result<()> {
 /// Removes the namespace when the installation made it and nothing of anybody else is in it.
 async fn leave(cluster: &Cluster, namespace: &str, was_there: bool, deadline: Instant) -> anyhow::Result<()> {
     let Some(found) = cluster.get(kinds::NAMESPACE, None, namespace).await? else { return Ok(()) };
-    let why = match () {
-        () if was_there => "it was there before the installation".to_owned(),
-        () if found["metadata"]["labels"]["app.kubernetes.io/part-of"] != "undermesh" => {
-            "it was not made by the installation".to_owned()
+    let why = if was_there {
+        "it was there before the installation".to_owned()
+    } else if !is_ours(&found) {
+        "it was not made by the installation".to_owned()
+    } else {
+        // What cannot be seen may be there.
+        let all = cluster.inhabitants(namespace).await.context("list what the namespace holds")?;
+        let others: Vec<String> =
+            all.iter().filter(|one| is_foreign(one)).map(|one| ObjectId::of(one).to_string()).collect();
+        if others.is_empty() {
+            return end(cluster, namespace, deadline).await;
         }
-        () => {
-            // What cannot be seen may be there.
-            let all = cluster.inhabitants(namespace).await.context("list what the namespace holds")?;
-            let others: Vec<String> =
-                all.iter().filter(|one| is_foreign(one)).map(|one| ObjectId::of(one).to_string()).collect();
-            if others.is_empty() {
-                return end(cluster, namespace, deadline).await;
-            }
-            format!("it holds what is not ours: {}", others.join(", "))
-        }
+        format!("it holds what is not ours: {}", others.join(", "))
     };
     println!("namespace {namespace} stays: {why}");
     // Without the labels that we wrote; what others wrote is theirs.
     apply(cluster, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})).await
 }
 
+/// (pure) Whether an object says that it is ours.
+fn is_ours(object: &Value) -> bool {
+    object["metadata"]["labels"][crds::PART_OF.0] == crds::PART_OF.1
+}
+
 /// (pure) Whether an object of the namespace is neither ours nor made by Kubernetes itself.
 fn is_foreign(object: &Value) -> bool {
     let meta = &object["metadata"];
     let owned = meta["ownerReferences"].as_array().is_some_and(|owners| !owners.is_empty());
-    let ours = meta["labels"]["app.kubernetes.io/part-of"] == "undermesh";
     // Whoever made the Service has the Endpoints; an Event or a metric holds nothing.
     let shadow = ["Event", "Endpoints", "PodMetrics"].iter().any(|kind| object["kind"] == *kind);
     let made = match object["kind"].as_str() {
@@ -474,7 +476,7 @@ fn is_foreign(object: &Value) -> bool {
         Some("ServiceAccount") => meta["name"] == "default",
         _ => false,
     };
-    !(owned || ours || shadow || made)
+    !(owned || is_ours(object) || shadow || made)
 }
 
 async fn end(cluster: &Cluster, namespace: &str, deadline: Instant) -> anyhow::Result<()> {

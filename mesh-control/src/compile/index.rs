@@ -8,7 +8,6 @@ use mesh_core::{
 };
 
 use super::{Fragments, PodFact, PodKey};
-use crate::credentials::review::AGENT_ACCOUNT;
 use crate::translate::{
     Fragment, Labels, Mesh, OptionFacts, Translated,
     enrolment::{NotEnrolled, Place, enrolment},
@@ -16,7 +15,7 @@ use crate::translate::{
     policy::{AuthorizationFacts, PeerAuthenticationFacts},
     route::RouteFacts,
     service::{ServiceFacts, SliceFacts},
-    workload::{GATEWAY_NAME, NodeFacts, PodFacts},
+    workload::{AGENT_ACCOUNT, GATEWAY_NAME, NodeFacts, PodFacts},
 };
 
 /// An object together with what it says.

@@ -19,12 +19,11 @@ use crate::{
     compile::{PodFact, PodKey},
     publish::Published,
     source::kubernetes::reason,
+    translate::workload::AGENT_ACCOUNT,
 };
 
 /// Audience of the tokens.
 pub const AUDIENCE: &str = "istio-ca";
-/// Service account of the agents, in the install namespace.
-pub const AGENT_ACCOUNT: &str = "undermesh-node";
 /// A good answer is believed this long: a withdrawn token is good no longer than that.
 const GOOD: Duration = Duration::from_secs(30);
 /// A refusal is remembered this long, so that repeating it costs the API server nothing.

@@ -35,6 +35,8 @@ pub struct NodeFacts {
     pub addresses: Vec<IpAddr>,
 }
 
+/// Service account of the agents, in the install namespace.
+pub const AGENT_ACCOUNT: &str = "undermesh-node";
 /// Taint of a node whose agent is not in force yet.
 pub const AGENT_TAINT: &str = "undermesh.io/agent-not-ready";
 

@@ -1,8 +1,7 @@
 //! (pure) The status that an object has and the one that it should have → the one to write, if any.
 //!
 //! What others wrote stays: conditions of other types, parents of other controllers. What only we write and do not want
-//! any more goes. A condition keeps the time of its
-//! last transition while its status is the same.
+//! any more goes. A condition keeps the time of its last transition while its status is the same.
 
 use serde_json::{Map, Value as Json, json};
 

@@ -176,6 +176,15 @@ impl World {
         tokio::time::timeout(SOON, self.streams.recv()).await.unwrap().unwrap()
     }
 
+    /// A stream on which both types have been asked for.
+    async fn asked(&mut self) -> Stream {
+        let mut stream = self.stream().await;
+        for _ in 0..2 {
+            stream.heard().await;
+        }
+        stream
+    }
+
     fn has(&self, policy: &str) -> bool {
         let world = self.handle.world.borrow();
         matches!(world.policy(&PolicyKey::parse(policy).unwrap()), Some(PolicyState::Valid(_)))
@@ -205,9 +214,7 @@ fn garbage(name: &str) -> Resource {
 async fn what_waits_for_another_type_is_answered_together_with_it() {
     for broken in [false, true] {
         let mut w = world().await;
-        let mut stream = w.stream().await;
-        stream.heard().await;
-        stream.heard().await;
+        let mut stream = w.asked().await;
         *w.applying.needs.lock() = Some(TYPE_MESH_OPTIONS);
         w.applying.broken.store(broken, Ordering::SeqCst);
         stream.say("n1", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1")], &[]).await;
@@ -317,10 +324,11 @@ async fn a_reconnect_tells_what_is_held() {
 #[tokio::test]
 async fn what_cannot_be_put_in_force_is_not_acknowledged() {
     let mut w = world().await;
-    let mut stream = w.stream().await;
-    stream.heard().await;
-    stream.heard().await;
+    let mut stream = w.asked().await;
     w.applying.broken.store(true, Ordering::SeqCst);
+    // Nothing to be named in it, and still an answer that readiness waits for.
+    stream.say("n0", TYPE_MESH_OPTIONS, vec![], &[]).await;
+    assert!(stream.heard().await.error_detail.is_some());
     let resources = vec![policy("shop/a", "v1"), policy("shop/b", "v1")];
     stream.say("n1", TYPE_AUTHORIZATION, resources, &["shop/c"]).await;
     let message = stream.heard().await.error_detail.unwrap().message;
@@ -333,6 +341,7 @@ async fn what_cannot_be_put_in_force_is_not_acknowledged() {
     let asked = stream.heard().await;
     assert_eq!((asked.type_url.as_str(), asked.response_nonce.as_str()), (TYPE_AUTHORIZATION, ""));
     assert_eq!(asked.resource_names_subscribe, ["shop/a", "shop/b", "shop/c"]);
+    assert_eq!(w.handle.status.borrow().pending, BTreeSet::from([TYPE_AUTHORIZATION]));
     stream
         .say("n2", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1"), policy("shop/b", "v1")], &["shop/c"])
         .await;
@@ -344,9 +353,7 @@ async fn what_cannot_be_put_in_force_is_not_acknowledged() {
 #[tokio::test]
 async fn a_response_that_puts_earlier_ones_in_force_takes_their_refusal_back() {
     let mut w = world().await;
-    let mut stream = w.stream().await;
-    stream.heard().await;
-    stream.heard().await;
+    let mut stream = w.asked().await;
     w.applying.broken.store(true, Ordering::SeqCst);
     stream.say("n1", TYPE_AUTHORIZATION, vec![policy("shop/a", "v1")], &[]).await;
     assert!(stream.heard().await.error_detail.is_some());

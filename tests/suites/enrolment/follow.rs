@@ -4,7 +4,7 @@ use std::{
     fs,
     net::{SocketAddr, TcpListener},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use aya::maps::{HashMap, Map, MapData};
@@ -17,13 +17,10 @@ use mesh_ebpf_common::{
 use mesh_tests::netns;
 use serde_json::Value;
 
-use crate::bed::{Bed, Sandbox, call, echoes, until};
+use crate::bed::{Bed, Sandbox, Server, call, echoes, until};
 
 /// A pod may start within this time in the dark; less than the plugin's own patience.
 const HELD: Duration = Duration::from_millis(500);
-
-/// An agent tries again what failed this often.
-const RETRY: Duration = Duration::from_millis(500);
 
 /// Pods that are started one after the other.
 const PODS: u8 = 9;
@@ -126,22 +123,31 @@ fn control_status(bed: &Bed) -> Result<Value, String> {
     serde_json::from_slice(&body).map_err(|error| error.to_string())
 }
 
-#[test]
-fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
+/// A pod that was started with the mesh, and what it may dial outside of it.
+fn started() -> (Bed, Sandbox, Server, SocketAddr) {
     let mut bed = Bed::new();
     let sandbox = bed.sandbox("a", 2);
-    let _outside = bed.serve(None, 8081);
-    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
+    let outside = bed.serve(None, 8081);
     bed.pod(&sandbox, false);
     bed.control();
     bed.agent();
     assert!(bed.add(&sandbox).ok);
     bed.pod(&sandbox, true);
-    fs::write(bed.at("results").join("net-c-eth0"), sandbox.cached()).unwrap();
+    (bed, sandbox, outside, SocketAddr::new([10, 45, 0, 1].into(), 8081))
+}
+
+fn until_served(sandbox: &Sandbox, to: SocketAddr) {
     until("the pod to be served", || {
         let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
         if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
     });
+}
+
+#[test]
+fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
+    let (mut bed, sandbox, _outside, to) = started();
+    fs::write(bed.at("results").join("net-c-eth0"), sandbox.cached()).unwrap();
+    until_served(&sandbox, to);
     bed.kill("mesh-node");
     assert!(sandbox.dial(to).is_err(), "without its agent it reaches nothing");
     let refused = bed.add(&bed.sandbox_like(&sandbox, "b"));
@@ -157,10 +163,7 @@ fn an_agent_that_lost_everything_lets_nothing_out_before_it_knows() {
     assert!(sandbox.dial(to).is_err(), "an agent that knows nothing let it out");
     bed.control();
     bed.until_state(&sandbox, "enrolled");
-    until("the pod to be served again", || {
-        let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
-        if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
-    });
+    until_served(&sandbox, to);
     // Its end is noticed also without a call of the plugin.
     bed.remove(&sandbox);
     until("the pod to be gone", || match bed.captured(&sandbox)? {
@@ -181,44 +184,33 @@ fn a_static_pod_is_the_one_that_its_mirror_names() {
     bed.until_state(&mirror, "enrolled");
     assert_eq!(bed.captured(&mirror), Ok(true));
     // Somebody else's pod that claims to be it is not.
-    let thief = Sandbox { name: "thief".to_owned(), ..sandbox.clone() };
+    let thief = Sandbox { name: "thief".to_owned(), uid: "mirror-thief".to_owned(), ..sandbox.clone() };
     bed.static_pod(&thief, &sandbox.uid);
-    until("the other pod to be told of", || {
-        bed.followed(&Sandbox { uid: "mirror-thief".to_owned(), ..thief.clone() })
-    });
-    assert_eq!(bed.captured(&mirror), Ok(true));
-    assert_eq!(bed.captured(&Sandbox { uid: "mirror-thief".to_owned(), ..thief.clone() }), Ok(false));
+    until("the other pod to be told of", || bed.followed(&thief));
+    assert_eq!((bed.captured(&mirror), bed.captured(&thief)), (Ok(true), Ok(false)));
 }
 
 /// While an agent is away, whoever is in the pod may bind the ports that the next one needs.
 #[test]
 fn a_pod_whose_ports_are_taken_from_its_agent_has_no_connection_around_it() {
-    let mut bed = Bed::new();
-    let sandbox = bed.sandbox("a", 2);
-    let _outside = bed.serve(None, 8081);
-    let to = SocketAddr::new([10, 45, 0, 1].into(), 8081);
-    bed.pod(&sandbox, false);
-    bed.control();
-    bed.agent();
-    assert!(bed.add(&sandbox).ok);
-    bed.pod(&sandbox, true);
+    let (mut bed, sandbox, _outside, to) = started();
     bed.until_state(&sandbox, "enrolled");
     bed.kill("mesh-node");
     let taken = netns::within(&sandbox.netns, || Ok(TcpListener::bind(("0.0.0.0", HBONE_PORT))?)).unwrap();
     bed.agent();
     let why = bed.until_state(&sandbox, "failed");
     assert!(why.contains("in use"), "{why}");
-    // Twice a second it is tried again; not between two attempts either.
-    let begin = Instant::now();
-    while begin.elapsed() < 4 * RETRY {
+    // With every change that it is told of it tries again.
+    for number in 0..5 {
         assert!(sandbox.dial(to).is_err(), "it has a connection around its agent");
+        let told = bed.sandbox_like(&sandbox, &format!("b{number}"));
+        bed.pod(&told, false);
+        until("the agent to be told of another pod", || bed.followed(&told));
     }
+    assert!(sandbox.dial(to).is_err(), "it has a connection around its agent");
     drop(taken);
     bed.until_state(&sandbox, "enrolled");
-    until("the pod to be served again", || {
-        let mut stream = sandbox.dial(to).map_err(|error| error.to_string())?;
-        if echoes(&mut stream) { Ok(()) } else { Err("no echo".to_owned()) }
-    });
+    until_served(&sandbox, to);
 }
 
 #[test]

@@ -407,6 +407,13 @@ impl Bed {
         self.agent_of(kernel)
     }
 
+    /// Two pods, and an agent that has enrolled them.
+    pub fn pair(&self) -> (Pod, Pod, Agent, (PodSlot, PodSlot)) {
+        let (a, b, mut agent) = (self.pod("a"), self.pod("b"), self.agent());
+        let slots = (self.enrol(&mut agent, &a), self.enrol(&mut agent, &b));
+        (a, b, agent, slots)
+    }
+
     /// Opens the listeners of a pod, enrols it and relays what arrives there.
     pub fn enrol(&self, agent: &mut Agent, pod: &Pod) -> PodSlot {
         self.enrol_on(agent, pod, false)

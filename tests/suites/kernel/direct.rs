@@ -24,9 +24,7 @@ const DENY: PairVerdict = PairVerdict::Deny;
 #[test]
 fn a_permitted_pair_is_connected_directly() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let _server = bed.serve(&b, 8080);
     agent.verdicts(&[(sa, sb, ALLOW)]);
     for six in BOTH {
@@ -49,9 +47,7 @@ fn a_permitted_pair_is_connected_directly() {
 #[test]
 fn a_forbidden_pair_fails_at_connect_and_is_told() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let server = bed.serve(&b, 8080);
     agent.verdicts(&[(sa, sb, DENY)]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -82,9 +78,7 @@ fn service(
 #[test]
 fn a_service_is_translated_and_the_application_sees_what_it_dialled() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let (server, own) = (bed.serve(&b, 8080), bed.serve(&a, 8080));
     for (six, vip) in [(false, "10.96.0.1:80"), (true, "[fd96::1]:80")] {
         service(&agent, vip, &[(SocketAddr::new(b.ip(six), 8080), 1)], &[(sa, sb, ALLOW)]);
@@ -142,9 +136,7 @@ fn endpoints_are_chosen_by_weight_over_local_and_remote_alike() {
 #[test]
 fn a_taken_permission_cuts_live_flows_and_refuses_what_was_under_way() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let _server = bed.serve(&b, 8080);
     for six in BOTH {
         agent.verdicts(&[(sa, sb, ALLOW)]);
@@ -184,9 +176,7 @@ fn a_taken_permission_cuts_live_flows_and_refuses_what_was_under_way() {
 #[test]
 fn a_flow_that_cannot_be_ended_is_an_error() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let _server = bed.serve(&b, 8080);
     agent.verdicts(&[(sa, sb, ALLOW)]);
     let (mut stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
@@ -230,9 +220,7 @@ fn without_net_admin() {
 #[test]
 fn a_decision_of_an_older_policy_is_not_carried_out() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let server = bed.serve(&b, 8080);
     for six in BOTH {
         agent.verdicts(&[(sa, sb, ALLOW)]);
@@ -277,9 +265,7 @@ pub fn deferred(to: SocketAddr) -> TcpStream {
 #[test]
 fn fast_open_goes_directly_with_its_data() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     // Every listener of this namespace takes data of SYNs, without cookie.
     within(&b.netns, || std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "1538").unwrap());
     let server = bed.serve(&b, 8080);
@@ -333,9 +319,7 @@ fn took_data_of_syn(stream: &TcpStream) -> bool {
 #[test]
 fn byte_counts_are_the_application_s_whatever_the_end() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     agent.verdicts(&[(sa, sb, ALLOW)]);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut events = runtime.block_on(async { agent.kernel.events().unwrap() });
@@ -400,9 +384,7 @@ fn byte_counts_are_the_application_s_whatever_the_end() {
 #[test]
 fn a_full_map_refuses_and_never_lets_through() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let (server, own) = (bed.serve(&b, 8080), bed.serve(&a, 8080));
     bed.fill_flows(&agent);
     for six in BOTH {

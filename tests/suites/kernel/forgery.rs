@@ -18,9 +18,7 @@ fn socket(to: SocketAddr) -> Socket {
 #[test]
 fn a_forged_mark_gains_nothing() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let server = bed.serve(&b, 8080);
     for six in BOTH {
         let to = SocketAddr::new(b.ip(six), 8080);

@@ -122,9 +122,7 @@ fn another_object_replaces_the_programs_in_place() {
 #[test]
 fn a_deleted_pod_leaves_nothing_and_its_connections_end() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, mut agent, (sa, sb)) = bed.pair();
     let _server = bed.serve(&b, 8080);
     agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
     let (mut stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
@@ -147,9 +145,7 @@ fn a_deleted_pod_leaves_nothing_and_its_connections_end() {
 #[test]
 fn a_pod_that_leaves_keeps_its_direct_connections() {
     let bed = Bed::new();
-    let (a, b) = (bed.pod("a"), bed.pod("b"));
-    let mut agent = bed.agent();
-    let (sa, sb) = (bed.enrol(&mut agent, &a), bed.enrol(&mut agent, &b));
+    let (a, b, agent, (sa, sb)) = bed.pair();
     let _server = bed.serve(&b, 8080);
     agent.verdicts(&[(sa, sb, PairVerdict::Allow)]);
     let (mut stream, _) = a.greeted(SocketAddr::new(b.v4, 8080)).unwrap();
