@@ -93,7 +93,7 @@ pub fn services(index: &Index<'_>, out: &mut Output) -> Bound {
 
 /// Binds every pod.
 pub fn pods(index: &Index<'_>, out: &mut Output) -> Bound {
-    let alive = index.pods.iter().filter(|(_, pod)| pod.facts.alive());
+    let alive = index.pods.iter().filter(|(_, pod)| pod.facts.described());
     alive.filter_map(|(key, entry)| Some((key.clone(), pod(index, entry, out)?))).collect()
 }
 

@@ -233,7 +233,7 @@ pub fn workload_resources(
     out: &mut Output,
 ) -> BTreeMap<WorkloadKey, Arc<Workload>> {
     let mut workloads = BTreeMap::new();
-    let mut by_age: Vec<_> = index.pods.iter().filter(|(_, pod)| pod.facts.alive()).collect();
+    let mut by_age: Vec<_> = index.pods.iter().filter(|(_, pod)| pod.facts.described()).collect();
     by_age.sort_by(|(_, a), (_, b)| a.age().cmp(&b.age()));
     for (key, pod) in by_age {
         let facts = pod.facts;

@@ -82,7 +82,7 @@ fn subjects<'a>(index: &'a Index<'_>) -> impl Iterator<Item = (&'a PodKey, &'a E
     index
         .pods
         .iter()
-        .filter(|(key, pod)| pod.facts.alive() && index.waypoint_of_pod(&key.0, pod.facts).is_none())
+        .filter(|(key, pod)| pod.facts.described() && index.waypoint_of_pod(&key.0, pod.facts).is_none())
 }
 
 fn authorization(

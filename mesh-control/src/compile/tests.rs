@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use mesh_core::model::{Action, Enrolment, Scope, TunnelProtocol, WaypointRef};
+use mesh_core::model::{Action, Enrolment, Health, Scope, TunnelProtocol, WaypointRef};
 
 use super::*;
 use crate::{
@@ -672,6 +672,27 @@ fn host_network_pods_and_the_unlabelled_are_plain() {
     assert_eq!(pod(&world, "bank/plain").tunnel, TunnelProtocol::None);
     assert!(!world.workloads.contains_key(&WorkloadKey("Kubernetes//Pod/shop/ended".into())));
     assert!(world.pods[&("shop".into(), "ended".into())].finished);
+}
+
+/// The kubelet writes the address after the first containers have started, hooks included, and they connect before.
+#[test]
+fn a_pod_without_an_address_yet_has_all_that_its_agent_needs() {
+    let starting = object(
+        "Pod",
+        "starting",
+        "shop",
+        "spec: {nodeName: n1, containers: [{name: c, startupProbe: {tcpSocket: {port: 9000}}}]}\nstatus: {phase: Pending}",
+    )
+    .replace("{name: starting,", "{name: starting, uid: u9, labels: {app: cart},");
+    let unbound = object("Pod", "unbound", "shop", "spec: {containers: []}\nstatus: {phase: Pending}");
+    let strict = object("PeerAuthentication", "default", "shop", "spec: {mtls: {mode: STRICT}}");
+    let world = world(&format!("{BASE}---\n{starting}{unbound}{strict}"));
+    let pod = pod(&world, "shop/starting");
+    assert_eq!((pod.tunnel, pod.health, pod.addresses.len()), (TunnelProtocol::Hbone, Health::Unhealthy, 0));
+    assert!(!pod.policies.is_empty(), "described, but not what it refuses");
+    assert!(pod.services.is_empty(), "nobody can reach it");
+    assert!(world.local["n1"]["u9"].probe_ports.contains(&9000));
+    assert!(!world.workloads.contains_key(&WorkloadKey("Kubernetes//Pod/shop/unbound".into())));
 }
 
 #[test]

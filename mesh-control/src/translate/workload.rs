@@ -193,9 +193,15 @@ impl PodFacts {
         self.labels.get(key).map(String::as_str)
     }
 
-    /// Whether it has ended or never had a place in the mesh.
+    /// Whether it runs and can be reached.
     pub fn alive(&self) -> bool {
         !self.finished && !self.addresses.is_empty()
+    }
+
+    /// Whether proxies are told of it: its agent needs its description before its status has an address, since the
+    /// kubelet writes that only after the first containers have started and their `postStart` hooks have ended.
+    pub fn described(&self) -> bool {
+        !self.finished && !(self.addresses.is_empty() && self.node.is_empty())
     }
 
     /// Whether it speaks HBONE by itself.
