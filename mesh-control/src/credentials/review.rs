@@ -1,17 +1,21 @@
 //! Who calls, on Kubernetes: bound service-account tokens, reviewed by the API server.
 //!
 //! A token says for itself which pod it was made for; that pod must be known here, alive, and where the token says.
+//! What it says is read before the API server is asked whether it is true: a token that could not let its bearer in
+//! costs nobody but us, and no pod can keep the others' tokens waiting.
 
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use aws_lc_rs::digest;
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, UserInfo};
 use kube::{Api, Client, api::PostParams};
 use parking_lot::Mutex;
+use serde::Deserialize;
 use tokio::sync::{Semaphore, watch};
 
 use super::{Principal, Unauthenticated};
@@ -28,12 +32,16 @@ pub const AUDIENCE: &str = "istio-ca";
 const GOOD: Duration = Duration::from_secs(30);
 /// A refusal is remembered this long, so that repeating it costs the API server nothing.
 const BAD: Duration = Duration::from_secs(5);
-/// Answers that are remembered.
+/// Answers of each kind that are remembered.
 const MAX_REMEMBERED: usize = 10_000;
-/// Reviews that are asked for at once.
+/// Reviews that are asked for at once, in all.
 const AT_ONCE: usize = 16;
-/// The API server's time for an answer.
+/// Callers that say that they are one pod and wait for its turn: it has one review at a time.
+const WAITING_OF_ONE_POD: usize = 64;
+/// Time for an answer, the wait for a turn included.
 const ANSWER: Duration = Duration::from_secs(10);
+/// A token that ended by our clock is asked about for this long: the API server's may be behind. Seconds.
+const LEEWAY: u64 = 60;
 /// Longest token, bytes.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
 
@@ -48,16 +56,73 @@ pub struct Reviewed {
     node: Option<String>,
 }
 
-/// What was said of a token, and until when it is believed.
-type Answer = (Option<Reviewed>, Instant);
+/// What was said of tokens, by their digest, and until when it is believed.
+struct Remembered<T>(Mutex<HashMap<[u8; 32], (T, Instant)>>);
+
+impl<T> Default for Remembered<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> Remembered<T> {
+    fn get(&self, key: &[u8; 32], now: Instant) -> Option<T> {
+        self.0.lock().get(key).filter(|(_, until)| *until > now).map(|(said, _)| said.clone())
+    }
+
+    /// Not when it is full of what is still believed.
+    fn put(&self, key: [u8; 32], said: T, until: Instant, now: Instant) {
+        let mut all = self.0.lock();
+        if all.len() >= MAX_REMEMBERED {
+            all.retain(|_, (_, until)| *until > now);
+        }
+        if all.len() < MAX_REMEMBERED {
+            all.insert(key, (said, until));
+        }
+    }
+}
 
 /// Asks the API server about tokens.
 pub struct Reviews {
     client: Client,
     install_namespace: Arc<str>,
     published: watch::Receiver<Arc<Published>>,
-    known: Mutex<HashMap<[u8; 32], Answer>>,
+    // Apart, so that no number of bad tokens makes a good one be asked about again.
+    good: Remembered<Reviewed>,
+    bad: Remembered<()>,
     asking: Semaphore,
+    by_pod: Mutex<HashMap<String, OfPod>>,
+}
+
+/// A caller that says that it is a certain pod, and is not answered yet.
+struct Waiting<'a> {
+    by_pod: &'a Mutex<HashMap<String, OfPod>>,
+    uid: &'a str,
+    turn: Arc<Semaphore>,
+}
+
+/// Those of one pod.
+struct OfPod {
+    waiting: usize,
+    turn: Arc<Semaphore>,
+}
+
+impl Default for OfPod {
+    fn default() -> Self {
+        Self { waiting: 0, turn: Arc::new(Semaphore::new(1)) }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut by_pod = self.by_pod.lock();
+        if let Some(of_pod) = by_pod.get_mut(self.uid) {
+            of_pod.waiting -= 1;
+            if of_pod.waiting == 0 {
+                by_pod.remove(self.uid);
+            }
+        }
+    }
 }
 
 impl Reviews {
@@ -67,8 +132,15 @@ impl Reviews {
         install_namespace: Arc<str>,
         published: watch::Receiver<Arc<Published>>,
     ) -> Self {
-        let known = Mutex::new(HashMap::new());
-        Self { client, install_namespace, published, known, asking: Semaphore::new(AT_ONCE) }
+        Self {
+            client,
+            install_namespace,
+            published,
+            good: Remembered::default(),
+            bad: Remembered::default(),
+            asking: Semaphore::new(AT_ONCE),
+            by_pod: Mutex::default(),
+        }
     }
 
     /// Who has this token.
@@ -81,30 +153,62 @@ impl Reviews {
         }
         let mut key = [0; 32];
         key.copy_from_slice(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
-        let known = self.known.lock().get(&key).filter(|(_, until)| *until > now).cloned();
-        let reviewed = match known {
-            Some((reviewed, _)) => reviewed,
+        let reviewed = match self.known(&key, now) {
+            Some(known) => known?,
             None => {
-                let reviewed = self.ask(token).await?;
-                let until = now + if reviewed.is_some() { GOOD } else { BAD };
-                let mut known = self.known.lock();
-                if known.len() >= MAX_REMEMBERED {
-                    known.retain(|_, (_, until)| *until > now);
-                }
-                if known.len() < MAX_REMEMBERED {
-                    known.insert(key, (reviewed.clone(), until));
-                }
-                reviewed
+                let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let says = claimed(token, clock.as_secs()).ok_or(Unauthenticated::Unknown)?;
+                self.principal(&says)?;
+                let answer = self.in_turn(&says.pod.1, (key, token), now);
+                let answer = tokio::time::timeout(ANSWER, answer).await;
+                answer.map_err(|_| Unauthenticated::Unavailable("no answer in time".to_owned()))??
             }
         };
-        let reviewed = reviewed.ok_or(Unauthenticated::Unknown)?;
-        let published = self.published.borrow().clone();
-        principal(&reviewed, &self.install_namespace, &published.world.pods)
+        self.principal(&reviewed)
+    }
+
+    fn known(&self, key: &[u8; 32], now: Instant) -> Option<Result<Reviewed, Unauthenticated>> {
+        let bad = || self.bad.get(key, now).map(|()| Err(Unauthenticated::Unknown));
+        self.good.get(key, now).map(Ok).or_else(bad)
+    }
+
+    fn principal(&self, reviewed: &Reviewed) -> Result<Principal, Unauthenticated> {
+        principal(reviewed, &self.install_namespace, &self.published.borrow().world.pods)
+    }
+
+    /// Asks when it is the turn of the pod that the token says it is of, unless the answer is known by then.
+    async fn in_turn(
+        &self,
+        uid: &str,
+        (key, token): ([u8; 32], &str),
+        now: Instant,
+    ) -> Result<Reviewed, Unauthenticated> {
+        let unavailable = |reason: String| Unauthenticated::Unavailable(reason);
+        let waiting = self.wait(uid).ok_or_else(|| unavailable("too many callers of one pod".to_owned()))?;
+        let _turn = waiting.turn.acquire().await.map_err(|error| unavailable(error.to_string()))?;
+        if let Some(known) = self.known(&key, now) {
+            return known;
+        }
+        let _slot = self.asking.acquire().await.map_err(|error| unavailable(error.to_string()))?;
+        let reviewed = self.ask(token).await?;
+        match &reviewed {
+            Some(reviewed) => self.good.put(key, reviewed.clone(), now + GOOD, now),
+            None => self.bad.put(key, (), now + BAD, now),
+        }
+        reviewed.ok_or(Unauthenticated::Unknown)
+    }
+
+    fn wait<'a>(&'a self, uid: &'a str) -> Option<Waiting<'a>> {
+        let mut by_pod = self.by_pod.lock();
+        let of_pod = by_pod.entry(uid.to_owned()).or_default();
+        if of_pod.waiting >= WAITING_OF_ONE_POD {
+            return None;
+        }
+        of_pod.waiting += 1;
+        Some(Waiting { by_pod: &self.by_pod, uid, turn: of_pod.turn.clone() })
     }
 
     async fn ask(&self, token: &str) -> Result<Option<Reviewed>, Unauthenticated> {
-        let unavailable = |reason: String| Unauthenticated::Unavailable(reason);
-        let _slot = self.asking.acquire().await.map_err(|error| unavailable(error.to_string()))?;
         let review = TokenReview {
             spec: TokenReviewSpec {
                 audiences: Some(vec![AUDIENCE.to_owned()]),
@@ -113,11 +217,8 @@ impl Reviews {
             ..TokenReview::default()
         };
         let api = Api::<TokenReview>::all(self.client.clone());
-        let params = PostParams::default();
-        let asked = tokio::time::timeout(ANSWER, api.create(&params, &review)).await;
-        let answer = asked
-            .map_err(|_| unavailable("no answer in time".to_owned()))?
-            .map_err(|error| unavailable(reason(&error)))?;
+        let answer = api.create(&PostParams::default(), &review).await;
+        let answer = answer.map_err(|error| Unauthenticated::Unavailable(reason(&error)))?;
         let Some(status) = answer.status else { return Ok(None) };
         let ours = status.audiences.iter().flatten().any(|audience| audience == AUDIENCE);
         if status.authenticated != Some(true) || !ours {
@@ -125,6 +226,57 @@ impl Reviews {
         }
         Ok(status.user.as_ref().and_then(reviewed))
     }
+}
+
+/// What a bound token carries (Kubernetes' private claims).
+#[derive(Deserialize)]
+struct Claims {
+    aud: OneOrMany,
+    exp: u64,
+    #[serde(rename = "kubernetes.io")]
+    bound: Bound,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct Bound {
+    namespace: String,
+    serviceaccount: Named,
+    pod: Named,
+    node: Option<Named>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+    uid: String,
+}
+
+/// (pure) What a token says of itself, which anybody can write; `None` when it could not let anybody in. `clock` is in
+/// seconds since 1970.
+fn claimed(token: &str, clock: u64) -> Option<Reviewed> {
+    let mut parts = token.split('.');
+    let (Some(_), Some(payload), Some(_), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return None;
+    };
+    let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+    let Claims { aud, exp, bound } = serde_json::from_slice(&payload).ok()?;
+    let for_us = match &aud {
+        OneOrMany::One(one) => one == AUDIENCE,
+        OneOrMany::Many(many) => many.iter().any(|one| one == AUDIENCE),
+    };
+    (for_us && exp.saturating_add(LEEWAY) > clock).then_some(Reviewed {
+        account: (bound.namespace, bound.serviceaccount.name),
+        pod: (bound.pod.name, bound.pod.uid),
+        node: bound.node.map(|node| node.name),
+    })
 }
 
 /// What a user of the API server is as a caller; `None` unless it is a pod with a bound token.
@@ -163,6 +315,10 @@ fn principal(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use serde_json::json;
+
     use super::*;
 
     fn user(name: &str, extras: &[(&str, &[&str])]) -> UserInfo {
@@ -191,6 +347,139 @@ mod tests {
         ] {
             assert_eq!(reviewed(&user(name, extras)), None, "{name} {extras:?}");
         }
+    }
+
+    fn token(payload: &serde_json::Value) -> String {
+        format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(payload.to_string()))
+    }
+
+    fn claims(uid: &str) -> serde_json::Value {
+        json!({"aud": ["istio-ca"], "exp": u64::from(u32::MAX), "kubernetes.io": {
+            "namespace": "shop", "serviceaccount": {"name": "web", "uid": "s"},
+            "pod": {"name": "web-1", "uid": uid}, "node": {"name": "n1", "uid": "n"},
+        }})
+    }
+
+    #[test]
+    fn what_a_token_says_of_itself_is_read_before_anybody_is_asked() {
+        let good = claims("u1");
+        let read = claimed(&token(&good), 1_000).unwrap();
+        assert_eq!((read.account.1.as_str(), read.pod.1.as_str()), ("web", "u1"));
+        assert_eq!(read.node.as_deref(), Some("n1"));
+        let changed = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut claims = good.clone();
+            change(&mut claims);
+            claimed(&token(&claims), 1_000)
+        };
+        assert!(changed(&|claims| claims["aud"] = json!("istio-ca")).is_some());
+        assert!(changed(&|claims| claims["exp"] = json!(950)).is_some(), "clocks differ");
+        assert_eq!(changed(&|claims| claims["exp"] = json!(940)), None);
+        assert_eq!(changed(&|claims| claims["aud"] = json!(["api"])), None);
+        assert_eq!(changed(&|claims| claims["kubernetes.io"]["pod"] = json!(null)), None);
+        for odd in ["", "a.b", "a.b.c.d", "e30.!!.x", "e30.e30.x", "e30.e30=.x"] {
+            assert_eq!(claimed(odd, 0), None, "{odd}");
+        }
+    }
+
+    /// An API server that says no to every token and counts them, once it is let go.
+    fn refusing(asked: &Arc<AtomicUsize>, go: &watch::Receiver<bool>) -> Client {
+        let (asked, go) = (asked.clone(), go.clone());
+        let service = tower::service_fn(move |_: http::Request<kube::client::Body>| {
+            let (asked, mut go) = (asked.clone(), go.clone());
+            async move {
+                asked.fetch_add(1, Ordering::SeqCst);
+                go.wait_for(|go| *go).await.unwrap();
+                let answer = json!({"spec": {}, "status": {"authenticated": false}});
+                let body = kube::client::Body::from(answer.to_string().into_bytes());
+                Ok::<_, std::io::Error>(http::Response::new(body))
+            }
+        });
+        Client::new(service, "mesh")
+    }
+
+    fn published(uid: &str) -> watch::Receiver<Arc<Published>> {
+        let fact = PodFact {
+            uid: uid.into(),
+            node: "n1".into(),
+            service_account: "web".into(),
+            finished: false,
+            deleting: false,
+            meshed: true,
+            waypoint: None,
+        };
+        let pods = BTreeMap::from([(("shop".into(), "web-1".into()), fact)]);
+        let world = crate::compile::World { pods, ..Default::default() };
+        watch::channel(Arc::new(Published::default().next(world))).1
+    }
+
+    /// `count` tokens, each another one, that say that they are the same pod's.
+    fn tokens(count: u64) -> Vec<String> {
+        let token = |n| {
+            let mut claims = claims("u1");
+            claims["exp"] = json!(u64::from(u32::MAX) + n);
+            token(&claims)
+        };
+        (0..count).map(token).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_asked_about_pods_that_are_not_there() {
+        let (asked, (_go, gone)) = (Arc::new(AtomicUsize::new(0)), watch::channel(true));
+        let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
+        let stranger = reviews.authenticate(&token(&claims("u2")), Instant::now()).await;
+        assert!(matches!(stranger, Err(Unauthenticated::NoPod)), "{stranger:?}");
+        assert_eq!(asked.load(Ordering::SeqCst), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_waits_for_itself_and_a_token_is_asked_about_once() {
+        let (asked, (go, gone)) = (Arc::new(AtomicUsize::new(0)), watch::channel(false));
+        let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
+        let now = Instant::now();
+        let same = vec![tokens(1).remove(0); 3];
+        let other = tokens(2 + WAITING_OF_ONE_POD as u64).split_off(1);
+        let all = same.iter().chain(&other).map(|token| reviews.authenticate(token, now));
+        let letting_go = async {
+            // Long enough for whoever may ask.
+            for _ in 0..1_000 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(asked.load(Ordering::SeqCst), 1, "one at a time");
+            go.send_replace(true);
+        };
+        let (outcomes, ()) = tokio::join!(futures_util::future::join_all(all), letting_go);
+        let refused = outcomes.iter().filter(|got| matches!(got, Err(Unauthenticated::Unknown))).count();
+        assert_eq!((refused, outcomes.len()), (WAITING_OF_ONE_POD, WAITING_OF_ONE_POD + 4));
+        let turned_away = |got: &&Result<_, _>| matches!(got, Err(Unauthenticated::Unavailable(_)));
+        assert_eq!(outcomes.iter().filter(turned_away).count(), 4);
+        assert_eq!(asked.load(Ordering::SeqCst), WAITING_OF_ONE_POD - 2, "three had the same token");
+
+        assert!(reviews.authenticate(&same[0], now).await.is_err());
+        assert_eq!(asked.load(Ordering::SeqCst), WAITING_OF_ONE_POD - 2, "what was refused is remembered");
+        assert!(reviews.by_pod.lock().is_empty());
+    }
+
+    #[test]
+    fn no_number_of_bad_answers_displaces_a_good_one() {
+        let (good, bad, now) = (Remembered::default(), Remembered::default(), Instant::now());
+        good.put([0; 32], 7, now + GOOD, now);
+        for n in 0..=MAX_REMEMBERED as u64 {
+            let mut key = [1; 32];
+            key[..8].copy_from_slice(&n.to_be_bytes());
+            bad.put(key, (), now + BAD, now);
+        }
+        assert_eq!(bad.0.lock().len(), MAX_REMEMBERED);
+        assert_eq!((good.get(&[0; 32], now), good.get(&[0; 32], now + GOOD)), (Some(7), None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_api_server_ends_the_wait_for_a_turn_too() {
+        let (asked, (_go, gone)) = (Arc::new(AtomicUsize::new(0)), watch::channel(false));
+        let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
+        let _all = reviews.asking.acquire_many(AT_ONCE as u32).await.unwrap();
+        let got = reviews.authenticate(&token(&claims("u1")), Instant::now()).await;
+        assert!(matches!(got, Err(Unauthenticated::Unavailable(_))), "{got:?}");
+        assert_eq!(asked.load(Ordering::SeqCst), 0);
     }
 
     #[test]
