@@ -3,10 +3,7 @@
 //! The Lease also carries what each replica knows of its proxies, as an annotation per replica: a proxy is connected to
 //! one of them, and the leader has to say on how many of all an object is in force.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, pin::pin, time::Duration};
 
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
@@ -19,7 +16,7 @@ use kube::{
 };
 use mesh_net::{clock::Chance, drain::Draining};
 use serde_json::{Value as Json, json};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     ca::secret::{MANAGER, labels},
@@ -121,9 +118,12 @@ impl Election {
         let chance = Chance::random();
         loop {
             let mut wait = RENEW;
-            match tokio::time::timeout(ANSWER, self.turn(&mut heard, &say)).await {
+            // Others count from when they see the renewal, which is later than this.
+            let asked = Instant::now();
+            let turn = tokio::time::timeout(ANSWER, self.turn(&mut heard, &say));
+            match self.in_time(&mut renewed, turn).await {
                 Ok(Ok(leads)) => {
-                    renewed = leads.then(Instant::now);
+                    renewed = leads.then_some(asked);
                     self.set(leads);
                 }
                 // Another replica wrote in between; in step with it, the same one would lose for ever.
@@ -131,19 +131,35 @@ impl Election {
                 Ok(Err(error)) => tracing::warn!(error = reason(&error), "the Lease cannot be held"),
                 Err(_) => tracing::warn!("the Lease cannot be held: no answer in time"),
             }
-            if renewed.is_some_and(|at: Instant| at.elapsed() > STEP_DOWN) {
-                renewed = None;
-                self.set(false);
-            }
             tokio::select! {
                 () = draining.started() => break,
-                () = tokio::time::sleep(chance.jitter(wait, JITTER)) => {}
+                () = self.in_time(&mut renewed, tokio::time::sleep(chance.jitter(wait, JITTER))) => {}
             }
         }
         if *self.leads.borrow() {
             self.set(false);
-            let _ = tokio::time::timeout(ANSWER, self.hand_over()).await;
+            match tokio::time::timeout(ANSWER, self.hand_over()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(error = reason(&error), "the Lease is not given back"),
+                Err(_) => tracing::warn!("the Lease is not given back: no answer in time"),
+            }
         }
+    }
+
+    /// Waits for `work`; a leader whose last renewal becomes too old meanwhile steps down at that moment.
+    async fn in_time<T>(&self, renewed: &mut Option<Instant>, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        if let Some(at) = *renewed {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = tokio::time::sleep_until(at + STEP_DOWN) => {
+                    *renewed = None;
+                    self.set(false);
+                }
+            }
+        }
+        work.await
     }
 
     fn set(&self, leads: bool) {
@@ -182,11 +198,34 @@ impl Election {
         Ok(step == Step::Hold)
     }
 
+    /// Gives back what is still ours: another may have taken it since our last look.
     async fn hand_over(&self) -> Result<(), kube::Error> {
-        let patch = json!({"spec": {"holderIdentity": ""}, "metadata": {"annotations": {format!("{REPLICA}{}", self.me): null}}});
         let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-        self.api.patch(LEASE, &params, &Patch::Merge(&patch)).await.map(drop)
+        loop {
+            let Some(lease) = self.api.get_opt(LEASE).await? else { return Ok(()) };
+            let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
+            let mut patch = json!({
+                "metadata": {
+                    "resourceVersion": lease.metadata.resource_version,
+                    "annotations": {format!("{REPLICA}{}", self.me): null},
+                },
+            });
+            if holder == Some(self.me.as_str()) {
+                patch["spec"] = json!({"holderIdentity": ""});
+            }
+            match self.api.patch(LEASE, &params, &Patch::Merge(&patch)).await {
+                // Another replica wrote in between.
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                outcome => return outcome.map(drop),
+            }
+        }
     }
+}
+
+/// Waits until this replica leads no longer.
+pub async fn lost(leads: &mut watch::Receiver<bool>) {
+    // Without an election nobody leads.
+    let _ = leads.wait_for(|leads| !leads).await;
 }
 
 /// (pure) What the other replicas tell.
@@ -225,6 +264,11 @@ fn patch(lease: &Lease, me: &str, step: &Step, say: &Say, now: Timestamp) -> Opt
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use kube::client::Body;
+    use parking_lot::Mutex;
+
     use super::*;
 
     fn lease(holder: &str, renewed: i64) -> Lease {
@@ -281,5 +325,85 @@ mod tests {
         ]));
         assert_eq!(patch(&said, "me", &Step::Follow, &x, now), None);
         assert_eq!(told(&said, "me"), Told::from([("other".to_owned(), "y".to_owned())]));
+    }
+
+    /// An API server that holds one Lease, counts who wrote it, and can fall silent.
+    struct Server {
+        lease: Lease,
+        silent: bool,
+    }
+
+    fn client(server: &Arc<Mutex<Server>>) -> Client {
+        let server = server.clone();
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let server = server.clone();
+            async move {
+                if server.lock().silent {
+                    std::future::pending::<()>().await;
+                }
+                let (head, body) = request.into_parts();
+                let sent = body.collect_bytes().await.unwrap();
+                let mut server = server.lock();
+                let mut status = 200;
+                if head.method == http::Method::PATCH {
+                    let patch: Json = serde_json::from_slice(&sent).unwrap();
+                    let named = patch["metadata"]["resourceVersion"].as_str();
+                    if named
+                        .is_some_and(|named| Some(named) != server.lease.metadata.resource_version.as_deref())
+                    {
+                        status = 409;
+                    } else {
+                        write(&mut server.lease, &patch);
+                    }
+                }
+                let body = match status {
+                    200 => serde_json::to_vec(&server.lease).unwrap(),
+                    code => serde_json::to_vec(&json!({"kind": "Status", "status": "Failure", "code": code}))
+                        .unwrap(),
+                };
+                Ok::<_, std::io::Error>(
+                    http::Response::builder().status(status).body(Body::from(body)).unwrap(),
+                )
+            }
+        });
+        Client::new(service, "mesh")
+    }
+
+    fn write(lease: &mut Lease, patch: &Json) {
+        let version = lease.metadata.resource_version.as_deref().and_then(|text| text.parse::<u64>().ok());
+        lease.metadata.resource_version = Some((version.unwrap_or(0) + 1).to_string());
+        if let Some(holder) = patch["spec"]["holderIdentity"].as_str() {
+            lease.spec.get_or_insert_default().holder_identity = Some(holder.to_owned());
+        }
+    }
+
+    fn holder(server: &Arc<Mutex<Server>>) -> String {
+        server.lock().lease.spec.as_ref().and_then(|spec| spec.holder_identity.clone()).unwrap_or_default()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_hears_nothing_steps_down_before_another_may_follow() {
+        let server = Arc::new(Mutex::new(Server { lease: lease("", 1), silent: false }));
+        let election = Election::new(&client(&server), "mesh", "me".to_owned());
+        let mut leads = election.leads();
+        let (_drain, draining) = mesh_net::drain::channel();
+        let running = tokio::spawn(election.run(|_| Say::default(), draining));
+        leads.wait_for(|leads| *leads).await.unwrap();
+        let renewed = Instant::now();
+        server.lock().silent = true;
+        lost(&mut leads).await;
+        // The last renewal may be as old as a turn; the step must not wait for an answer that does not come.
+        assert!(renewed.elapsed() <= STEP_DOWN, "{:?}", renewed.elapsed());
+        running.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_what_is_ours_is_given_back() {
+        for (holds, expected) in [("me", ""), ("other", "other")] {
+            let server = Arc::new(Mutex::new(Server { lease: lease(holds, 1), silent: false }));
+            let election = Election::new(&client(&server), "mesh", "me".to_owned());
+            election.hand_over().await.unwrap();
+            assert_eq!(holder(&server), expected);
+        }
     }
 }

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use crate::{
     ca::secret::{self, MANAGER},
     credentials::Principal,
-    leader::Told,
+    leader::{Told, lost},
     provision::apply::Refused,
     publish::Published,
     serve::{
@@ -112,6 +112,8 @@ pub async fn run(writer: Writer, mut leads: watch::Receiver<bool>, draining: Dra
         }
         tokio::select! {
             () = draining.started() => return,
+            // Another may write by now.
+            () = lost(&mut leads) => {}
             () = writer.look(&mut written, &recorder) => {}
         }
     }
@@ -270,8 +272,15 @@ impl Writer {
     }
 
     async fn write_one(&self, key: &ObjectKey, want: &ObjectStatus) -> Result<(), kube::Error> {
-        let api = self.api(key);
-        let Some(found) = api.get_opt(&key.name).await? else { return Ok(()) };
+        let mut found = None;
+        for version in key.kind.versions() {
+            let api = self.api(key, version);
+            found = api.get_opt(&key.name).await?.map(|found| (api, found));
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some((api, found)) = found else { return Ok(()) };
         let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default().to_string();
         let Some(status) = merge::merged(found.data.get("status"), want, &now) else { return Ok(()) };
         let patch = json!({
@@ -281,8 +290,8 @@ impl Writer {
         api.patch_status(&key.name, &params(), &Patch::Merge(&patch)).await.map(drop)
     }
 
-    fn api(&self, key: &ObjectKey) -> Api<DynamicObject> {
-        let version = key.kind.versions().first().copied().unwrap_or("v1");
+    /// An older API server may not serve the newest version of a kind, which looks like an object that is gone.
+    fn api(&self, key: &ObjectKey, version: &str) -> Api<DynamicObject> {
         let gvk = GroupVersionKind::gvk(key.kind.group(), version, key.kind.name());
         let resource = ApiResource::from_gvk_with_plural(&gvk, key.kind.plural());
         if key.kind.namespaced() {
@@ -314,9 +323,15 @@ impl Writer {
     async fn tell(&self, told: &events::Told, recorder: &Recorder) -> Result<(), kube::Error> {
         let key = &told.object;
         // The object's UID, without which `kubectl describe` does not show the Event.
-        let Some(found) = self.api(key).get_metadata_opt(&key.name).await? else { return Ok(()) };
+        let mut found = None;
+        for version in key.kind.versions() {
+            found = self.api(key, version).get_metadata_opt(&key.name).await?.map(|found| (*version, found));
+            if found.is_some() {
+                break;
+            }
+        }
+        let Some((version, found)) = found else { return Ok(()) };
         let group = key.kind.group();
-        let version = key.kind.versions().first().copied().unwrap_or("v1");
         let reference = ObjectReference {
             api_version: Some(if group.is_empty() {
                 version.to_owned()

@@ -9,6 +9,7 @@ use std::{
 };
 
 use apiserver::ApiServer;
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use mesh_control::{
     ca::secret,
     compile::World,
@@ -18,12 +19,14 @@ use mesh_control::{
     publish::Published,
     source::kubernetes::Kubernetes,
     translate::Mesh,
+    write::{self, Writer},
 };
 use mesh_net::{
     drain::{self, Drain},
     task::TaskGroup,
 };
 use serde_json::{Value as Json, json};
+use tokio::sync::watch;
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -196,6 +199,38 @@ async fn a_kind_that_changes_its_version_is_never_missed() {
     never_without_policies(&pipeline, "the other policy", |world| world.carried.len() == 2).await;
 }
 
+/// An older API server: what is read of a kind's older version is answered there as well.
+#[tokio::test]
+async fn status_is_written_where_only_an_older_version_is_served() {
+    let cluster = Cluster::new().await;
+    cluster.api.put("peerauthentications", policy("p", "mode"));
+    cluster.api.serve("v1/peerauthentications", false);
+    let pipeline = cluster.follow();
+    until(&pipeline, "the policy of the older version", |world| world.carried.len() == 1).await;
+    let writer = Writer {
+        client: cluster.api.client(),
+        me: "a".to_owned(),
+        namespace: "mesh".to_owned(),
+        roots: String::new(),
+        published: pipeline.subscribe(),
+        proxies: Arc::default(),
+        told: watch::channel(Default::default()).1,
+        refused: watch::channel(Default::default()).1,
+    };
+    let (_leads, leads) = watch::channel(true);
+    cluster.tasks.spawn(write::run(writer, leads, cluster.drain.watch()));
+    let written = async {
+        loop {
+            let policy = cluster.api.get("peerauthentications", "shop/p").unwrap();
+            if policy["status"]["conditions"][0]["type"].is_string() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, written).await.unwrap();
+}
+
 #[tokio::test]
 async fn replicas_that_start_together_share_one_root() {
     let cluster = Cluster::new().await;
@@ -255,6 +290,15 @@ async fn one_replica_leads_hands_over_and_hears_what_the_others_tell() {
     assert_eq!(lease["spec"]["holderIdentity"], name);
 }
 
+/// A token that says that it is the agent's, as Kubernetes writes them; each `id` is another one.
+fn token(id: &str) -> String {
+    let claims = json!({"aud": ["istio-ca"], "exp": u32::MAX, "jti": id, "kubernetes.io": {
+        "namespace": "mesh", "serviceaccount": {"name": "undermesh-node", "uid": "s"},
+        "pod": {"name": "agent", "uid": "u1"}, "node": {"name": "n1", "uid": "n"},
+    }});
+    format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims.to_string()))
+}
+
 #[tokio::test]
 async fn tokens_are_reviewed_once_and_a_pod_that_is_gone_is_nobody() {
     let cluster = Cluster::new().await;
@@ -269,34 +313,41 @@ async fn tokens_are_reviewed_once_and_a_pod_that_is_gone_is_nobody() {
         "extra": {"authentication.kubernetes.io/pod-name": ["agent"], "authentication.kubernetes.io/pod-uid": ["u1"],
             "authentication.kubernetes.io/node-name": ["n1"]}}})
     };
-    cluster.api.token("good", good("istio-ca"));
-    cluster.api.token("elsewhere", good("https://kubernetes.default.svc"));
+    let [first, elsewhere, unknown] = ["first", "elsewhere", "unknown"].map(token);
+    cluster.api.token(&first, good("istio-ca"));
+    cluster.api.token(&elsewhere, good("https://kubernetes.default.svc"));
     let reviews = Reviews::new(cluster.api.client(), "mesh".into(), pipeline.subscribe());
     let now = Instant::now();
-    let who = |token: &'static str, now| {
-        let asked = reviews.authenticate(token, now);
-        async move { asked.await.map(|principal| principal.to_string()).map_err(|error| error.to_string()) }
+    let who = |token: &str, now| {
+        let (reviews, token) = (&reviews, token.to_owned());
+        async move {
+            reviews
+                .authenticate(&token, now)
+                .await
+                .map(|principal| principal.to_string())
+                .map_err(|error| error.to_string())
+        }
     };
-    assert_eq!(who("good", now).await.as_deref(), Ok("node:n1"));
-    assert_eq!(who("good", now).await.as_deref(), Ok("node:n1"));
+    assert_eq!(who(&first, now).await.as_deref(), Ok("node:n1"));
+    assert_eq!(who(&first, now).await.as_deref(), Ok("node:n1"));
     assert_eq!(cluster.api.reviews(), 1);
-    assert!(who("elsewhere", now).await.is_err());
-    assert!(who("unknown", now).await.is_err());
-    assert!(who("unknown", now).await.is_err());
+    assert!(who(&elsewhere, now).await.is_err());
+    assert!(who(&unknown, now).await.is_err());
+    assert!(who(&unknown, now).await.is_err());
     assert_eq!(cluster.api.reviews(), 3);
     // Withdrawn: known for a moment, then asked about again.
-    cluster.api.token("good", json!({"authenticated": false}));
-    assert!(who("good", now).await.is_ok());
-    assert!(who("good", now + Duration::from_secs(60)).await.is_err());
+    cluster.api.token(&first, json!({"authenticated": false}));
+    assert!(who(&first, now).await.is_ok());
+    assert!(who(&first, now + Duration::from_secs(60)).await.is_err());
     // The API server away: not known, which is not the same as refused.
-    cluster.api.token("good", good("istio-ca"));
+    cluster.api.token(&first, good("istio-ca"));
     cluster.api.down(true);
-    let away = reviews.authenticate("good", now + Duration::from_secs(120)).await;
+    let away = reviews.authenticate(&first, now + Duration::from_secs(120)).await;
     assert!(matches!(away, Err(mesh_control::credentials::Unauthenticated::Unavailable(_))), "{away:?}");
     cluster.api.down(false);
-    assert!(who("good", now + Duration::from_secs(120)).await.is_ok());
+    assert!(who(&first, now + Duration::from_secs(120)).await.is_ok());
     // Its pod is gone: the token's good review does not help.
     cluster.api.delete("pods", "mesh/agent");
     until(&pipeline, "no pod", |world| world.pods.is_empty()).await;
-    assert!(who("good", now + Duration::from_secs(120)).await.is_err());
+    assert!(who(&first, now + Duration::from_secs(120)).await.is_err());
 }

@@ -12,7 +12,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{sync::watch, time::Instant};
 
 use super::{Provisioned, Settings, provision};
-use crate::{publish::Published, source::ObjectKey};
+use crate::{leader::lost, publish::Published, source::ObjectKey};
 
 /// Who applied a field, as the API server remembers it.
 const FIELD_MANAGER: &str = "undermesh-control";
@@ -61,9 +61,16 @@ pub async fn run(
         let world = published.borrow_and_update().clone();
         let leads = *leading.borrow_and_update();
         let wait = if leads {
-            let (wait, failed) = round(&client, &settings, &world, &mut done).await;
-            refused.send_replace(Arc::new(failed));
-            wait
+            tokio::select! {
+                biased;
+                () = draining.started() => return,
+                // Another may write by now.
+                () = lost(&mut leading) => continue,
+                (wait, failed) = round(&client, &settings, &world, &mut done) => {
+                    refused.send_replace(Arc::new(failed));
+                    wait
+                }
+            }
         } else {
             // Another one may change them: apply anew when it is our turn again.
             done.clear();
