@@ -167,7 +167,6 @@ impl Agent {
         // Tunnels are tasks of the agent: those of the pod are counted to see when its connections have ended, and an
         // idle tunnel would never let that happen.
         let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
-        self.earlier.note(&self.kernel, slot);
         let places = Arc::new(Semaphore::new(self.pod_connections));
         Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool, places }
     }
@@ -247,13 +246,13 @@ impl Agent {
         // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
         // asks the policies themselves, and ends what is undecided for too long.
         let direct = self.direct.sweep(self, &world, &table, &mut swept);
-        let outcome = report.and_then(|report| direct.map(|()| report));
+        let earlier = self.earlier.sweep(self, &world, &table, &mut swept);
+        let outcome = report.and_then(|report| direct.and(earlier).map(|()| report));
         *self.out_of_line.lock() = outcome.as_ref().err().map(ToString::to_string);
         if outcome.is_err() {
             // The next change may be hours away.
             swept.look_again(Instant::now() + AGAIN);
         }
-        swept.cut += self.earlier.sweep(self, &world, &table);
         if swept.cut > 0 {
             tracing::info!(cut = swept.cut, "live connections were cut by a change");
         }

@@ -13,8 +13,9 @@ use serde::Serialize;
 
 use crate::{
     agent::Agent,
+    connections::Swept,
     inbound::arrival,
-    kernel::{Kernel, PodSlot, Unseen},
+    kernel::{Kernel, KernelError, PodSlot, Unseen},
     pods::{Pod, Table},
     report,
 };
@@ -51,17 +52,18 @@ pub struct ListedEnd {
 
 impl Earlier {
     /// Notes what a pod has open at the moment that it is captured.
-    pub fn note(&self, kernel: &Kernel, pod: PodSlot) {
-        match kernel.unseen(pod) {
-            Ok(unseen) if unseen.is_empty() => drop(self.0.lock().remove(&pod)),
-            Ok(unseen) => {
-                tracing::info!(count = unseen.len(), "connections from before the pod was enrolled go on");
-                self.0.lock().insert(pod, unseen);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "connections from before a pod was enrolled cannot be listed");
-            }
+    ///
+    /// # Errors
+    /// When it cannot be listed.
+    pub fn note(&self, kernel: &Kernel, pod: PodSlot) -> Result<(), KernelError> {
+        let unseen = kernel.unseen(pod)?;
+        if unseen.is_empty() {
+            self.0.lock().remove(&pod);
+        } else {
+            tracing::info!(count = unseen.len(), "connections from before the pod was enrolled go on");
+            self.0.lock().insert(pod, unseen);
         }
+        Ok(())
     }
 
     /// Lets go of what has ended and of pods that have left.
@@ -79,20 +81,36 @@ impl Earlier {
         });
     }
 
-    /// Ends those that STRICT refuses now; how many.
-    pub fn sweep(&self, agent: &Agent, world: &Snapshot, table: &Table) -> usize {
+    /// Ends those that STRICT refuses now, and counts them in `swept`. One that cannot be ended is tried again.
+    ///
+    /// # Errors
+    /// The first of those.
+    pub fn sweep(
+        &self,
+        agent: &Agent,
+        world: &Snapshot,
+        table: &Table,
+        swept: &mut Swept,
+    ) -> Result<(), KernelError> {
         if self.0.lock().is_empty() {
-            return 0;
+            return Ok(());
         }
         self.refresh(&agent.kernel, table);
-        let mut cut = 0;
+        let mut outcome = Ok(());
         for pod in table.serving.values() {
             let known = self.0.lock().get(&pod.slot).cloned().unwrap_or_default();
             for unseen in known.iter().filter(|unseen| refused(world, pod, unseen)) {
-                cut += end(agent, world, pod, unseen);
+                match agent.kernel.end_unseen(pod.slot, unseen) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        swept.cut += 1;
+                        tell(agent, world, pod, unseen);
+                    }
+                    Err(error) => outcome = outcome.and(Err(error)),
+                }
             }
         }
-        cut
+        outcome
     }
 
     /// All that are still open.
@@ -112,25 +130,15 @@ fn refused(world: &Snapshot, pod: &Pod, unseen: &Unseen) -> bool {
     unseen.accepted && inbound::strict(world, &own, &arrival(None, unseen.remote, unseen.local, None))
 }
 
-fn end(agent: &Agent, world: &Snapshot, pod: &Pod, unseen: &Unseen) -> usize {
-    match agent.kernel.end_unseen(pod.slot, unseen) {
-        Ok(false) => 0,
-        Ok(true) => {
-            let (from, to) = (unseen.remote, unseen.local);
-            let own = pod.owner.workload(world).ok();
-            let mut record = AccessRecord::open(Side::Inbound, Some(from));
-            record.details.src = report::party(from, world.workload_by_ip(from.ip()).map(|w| &**w), None);
-            record.details.dst = report::party(to, own.as_deref(), None);
-            record.details.path = Some(Path::Plaintext);
-            agent.metrics.refuse(Flag::MtlsRequired);
-            record.fail(Flag::MtlsRequired, "it was open before the pod was enrolled, and mTLS is required");
-            1
-        }
-        Err(error) => {
-            tracing::error!(local = %unseen.local, remote = %unseen.remote, %error, "a connection could not be ended");
-            0
-        }
-    }
+fn tell(agent: &Agent, world: &Snapshot, pod: &Pod, unseen: &Unseen) {
+    let (from, to) = (unseen.remote, unseen.local);
+    let own = pod.owner.workload(world).ok();
+    let mut record = AccessRecord::open(Side::Inbound, Some(from));
+    record.details.src = report::party(from, world.workload_by_ip(from.ip()).map(|w| &**w), None);
+    record.details.dst = report::party(to, own.as_deref(), None);
+    record.details.path = Some(Path::Plaintext);
+    agent.metrics.refuse(Flag::MtlsRequired);
+    record.fail(Flag::MtlsRequired, "it was open before the pod was enrolled, and mTLS is required");
 }
 
 fn listed(unseen: &Unseen) -> ListedEarlier {

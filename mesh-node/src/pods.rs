@@ -613,16 +613,19 @@ pub fn clean(directory: &std::path::Path, proc: &std::path::Path) -> Result<Vec<
 /// captured before: then what is marked must go on being delivered here and nowhere else.
 fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listeners::Listeners), EnrolError> {
     let ips = &kept.pod.ips;
+    let before = agent.captures(&kept.pod.uid)?;
     route::ensure(&netns, ips, route::MARKING, &agent.proc)?;
     let captured = listeners::open(&netns).and_then(|listeners| {
         let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
+        // What is not listed now could never be told from what is the mesh's, and would outlive STRICT.
+        agent.earlier.note(&agent.kernel, slot)?;
         Ok((slot, listeners))
     });
     match captured {
         Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
-        // The kernel lets go of what it captured in vain; what it has is from before.
-        Err(error) if agent.captures(&kept.pod.uid)? => Err(error),
+        Err(error) if before => Err(error),
         Err(error) => {
+            agent.forget(&kept.pod.uid)?;
             if let Err(left) = route::undo(&netns, ips, route::MARKING, &agent.proc) {
                 tracing::warn!(
                     uid = kept.pod.uid,

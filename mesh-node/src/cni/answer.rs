@@ -33,7 +33,7 @@ impl Handler for CniAnswer {
             let container = container.filter(|container| !container.is_empty()).map(str::to_owned);
             match (&request.method, container) {
                 (&Method::PUT, Some(container)) => self.add(container, &request).await,
-                (&Method::GET, Some(container)) => answer(self.following.check(container).await),
+                (&Method::POST, Some(_)) => self.check(&request).await,
                 (&Method::DELETE, Some(container)) => {
                     self.following.del(container).await;
                     AdminResponse::json(200, &serde_json::json!({}))
@@ -69,6 +69,13 @@ impl CniAnswer {
             ),
         }
         answer(given)
+    }
+
+    async fn check(&self, request: &AdminRequest) -> AdminResponse {
+        match serde_json::from_slice(&request.body) {
+            Ok(sandbox) => answer(self.following.check(sandbox).await),
+            Err(error) => malformed(&error),
+        }
     }
 
     async fn certified(&self, namespace: &str, name: &str) {

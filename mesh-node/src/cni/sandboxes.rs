@@ -35,8 +35,8 @@ impl Sandboxes {
         Ok(Self { path, known })
     }
 
-    /// One of them.
-    pub fn get(&self, container: &str) -> Option<&Sandbox> {
+    #[cfg(test)]
+    fn get(&self, container: &str) -> Option<&Sandbox> {
         self.known.get(container)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! PUT    /sandboxes/CONTAINER  Sandbox    ADD: may this sandbox start?   200 Started, else Refused
-//! GET    /sandboxes/CONTAINER             CHECK: is it as it was made?   200 Started, else Refused
+//! POST   /sandboxes/CONTAINER  Sandbox    CHECK: is it as it should be?  200 Started, else Refused
 //! DELETE /sandboxes/CONTAINER             DEL: it is gone                200
 //! POST   /sandboxes            Valid      GC: only these still exist     200
 //! ```

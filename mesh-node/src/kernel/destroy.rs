@@ -4,9 +4,10 @@
 //! has just ended.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
     thread,
 };
@@ -26,6 +27,19 @@ const STATES: u32 = (1 << 1) | (1 << 2) | (1 << 3) | (1 << 4) | (1 << 5) | (1 <<
 const PART_BYTES: usize = 32 << 10;
 const MESSAGE_BYTES: usize = 16 + 56;
 
+const LOCAL_PORTS: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+/// What the kernel starts a namespace with.
+const DEFAULT_LOCAL_PORTS: RangeInclusive<u16> = 32768..=60999;
+
+/// (pure) First and last port, as the kernel writes them.
+fn ports(text: &str) -> Option<RangeInclusive<u16>> {
+    let mut ends = text.split_whitespace().map(str::parse);
+    let (Some(Ok(first)), Some(Ok(last)), None) = (ends.next(), ends.next(), ends.next()) else {
+        return None;
+    };
+    Some(first..=last)
+}
+
 /// A TCP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TcpSocket {
@@ -44,6 +58,7 @@ pub struct TcpSocket {
 pub struct Diag {
     socket: OwnedFd,
     netns: u64,
+    ephemeral: RangeInclusive<u16>,
 }
 
 impl Diag {
@@ -76,7 +91,14 @@ impl Diag {
         // SAFETY: the kernel has just given this descriptor to us alone.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let netns = sys::netns_cookie(socket.as_fd())?;
-        Ok(Self { socket, netns })
+        // Of the namespace of the thread that reads.
+        let range = fs::read_to_string(LOCAL_PORTS).ok().and_then(|text| ports(&text));
+        Ok(Self { socket, netns, ephemeral: range.unwrap_or(DEFAULT_LOCAL_PORTS) })
+    }
+
+    /// Ports that the namespace gave to clients which did not ask for one, as it was opened.
+    pub fn ephemeral(&self) -> &RangeInclusive<u16> {
+        &self.ephemeral
     }
 
     /// Cookie of the namespace.
@@ -252,5 +274,13 @@ mod tests {
         let listening = all.iter().find(|socket| socket.local == at && socket.listening).unwrap();
         assert!(listening.cookie != 0 && listening.remote.port() == 0);
         assert_eq!(socket(&[0; 51]), None);
+    }
+
+    #[test]
+    fn the_range_of_ports_is_read_as_it_is_written() {
+        assert_eq!(ports("32768\t60999\n"), Some(32768..=60999));
+        for odd in ["", "1", "1 2 3", "1 x", "1 70000"] {
+            assert_eq!(ports(odd), None, "{odd}");
+        }
     }
 }

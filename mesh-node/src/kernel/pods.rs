@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, TcpListener},
+    ops::RangeInclusive,
     os::fd::{AsFd as _, AsRawFd as _},
 };
 
@@ -210,10 +211,11 @@ impl Inner {
     /// See [`super::Kernel::unseen`].
     pub fn unseen(&self, pod: PodSlot) -> Result<Vec<Unseen>, KernelError> {
         // The list first: whatever of it was captured has its record by then.
-        let sockets = {
+        let (sockets, ephemeral) = {
             let served = self.pods.lock();
             let Some(diag) = served.get(&pod.netns) else { return Ok(Vec::new()) };
-            diag.sockets().map_err(KernelError::io("list the sockets of a pod"))?
+            let sockets = diag.sockets().map_err(KernelError::io("list the sockets of a pod"))?;
+            (sockets, diag.ephemeral().clone())
         };
         let (flows, own) = (self.maps.flows.entries()?, self.maps.own_flows.entries()?);
         let recorded: BTreeSet<u64> =
@@ -240,7 +242,7 @@ impl Inner {
             local: socket.local,
             remote: socket.remote,
             cookie: socket.cookie,
-            accepted: listening.contains(&socket.local.port()),
+            accepted: listening.contains(&socket.local.port()) || !has_dialled(&socket, &ephemeral),
         };
         Ok(sockets.into_iter().filter(unseen).map(told).collect())
     }
@@ -272,6 +274,13 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// (pure) Whether a connection was certainly dialled from its own end, when nothing listens there any more: its port is
+/// one that the kernel gives to clients, and the other end's is not. What may have been accepted counts as accepted, or
+/// a server that closes its listener would keep plaintext connections under STRICT.
+fn has_dialled(socket: &TcpSocket, ephemeral: &RangeInclusive<u16>) -> bool {
+    ephemeral.contains(&socket.local.port()) && !ephemeral.contains(&socket.remote.port())
 }
 
 /// The program of a pod stays when it is the same object; [`super::Kernel::open`] has replaced it otherwise.

@@ -83,7 +83,7 @@ pub struct Followed {
 enum Command {
     World(Arc<Snapshot>, Vec<Arc<str>>, oneshot::Sender<Vec<Rejected>>),
     Add(String, Sandbox, oneshot::Sender<Answer>),
-    Check(String, oneshot::Sender<Answer>),
+    Check(Sandbox, oneshot::Sender<Answer>),
     Del(String, oneshot::Sender<()>),
     Keep(Vec<String>, oneshot::Sender<()>),
     Dismiss(oneshot::Sender<()>),
@@ -118,13 +118,13 @@ impl Following {
         self.ask(Command::Add(container, sandbox, reply), answer).await.unwrap_or_else(|| Err(draining()))
     }
 
-    /// Is a sandbox as it was made?
+    /// Is a sandbox captured, if it should be? It need not have been told of before: one may start without an agent.
     ///
     /// # Errors
     /// It is not.
-    pub async fn check(&self, container: String) -> Answer {
+    pub async fn check(&self, sandbox: Sandbox) -> Answer {
         let (reply, answer) = oneshot::channel();
-        self.ask(Command::Check(container, reply), answer).await.unwrap_or_else(|| Err(draining()))
+        self.ask(Command::Check(sandbox, reply), answer).await.unwrap_or_else(|| Err(draining()))
     }
 
     /// A sandbox is being removed.
@@ -271,9 +271,9 @@ impl Follower {
                 self.note_namespaces();
             }
             Command::Add(container, sandbox, reply) => self.add(container, sandbox, reply).await,
-            Command::Check(container, reply) => {
+            Command::Check(sandbox, reply) => {
                 // Whoever asked may be gone, here and below.
-                let _ = reply.send(self.check(&container));
+                let _ = reply.send(self.check(&sandbox));
             }
             Command::Del(container, reply) => {
                 self.del(&container).await;
@@ -500,16 +500,20 @@ impl Follower {
         }
     }
 
-    fn check(&self, container: &str) -> Answer {
-        let Some(sandbox) = self.sandboxes.get(container) else {
-            return Err(denied(404, "the sandbox is not known here", Flag::NetnsUnknown));
-        };
-        let Some(pod) = self.named(sandbox) else {
-            return Ok(Started { enrolled: false, why: Some("the pod is not known here".to_owned()) });
-        };
-        match (pod.wanted(), self.pods.table().serving.contains_key(&*pod.uid)) {
-            (true, false) => Err(denied(500, "the pod should be captured and is not", Flag::Internal)),
-            (wanted, _) => Ok(Started { enrolled: wanted, why: None }),
+    fn check(&self, sandbox: &Sandbox) -> Answer {
+        let outside = |why: &str| Ok(Started { enrolled: false, why: Some(why.to_owned()) });
+        if self.is_dismissed() {
+            return outside(DISMISSED);
+        }
+        let Some(pod) = self.named(sandbox) else { return outside("the pod is not known here") };
+        if !pod.wanted() {
+            return outside("the pod is not to be captured");
+        }
+        let served = self.pods.table().serving.get(&*pod.uid).map(|pod| pod.record().netns);
+        match served {
+            Some(netns) if netns == on_node(&sandbox.netns) => Ok(Started { enrolled: true, why: None }),
+            Some(_) => Err(denied(500, "another sandbox of the pod is captured", Flag::Internal)),
+            None => Err(denied(500, "the pod should be captured and is not", Flag::Internal)),
         }
     }
 

@@ -47,6 +47,15 @@ fn a_pod_starts_when_it_is_captured_and_not_before_it_is_known() {
     // The status that comes later says the same.
     bed.pod(&sandbox, true);
     bed.until_state(&sandbox, "enrolled");
+    // Of another sandbox of this pod nothing is captured; of a pod that started without the agent nothing is wanted.
+    let mut other = bed.sandbox_like(&sandbox, "a");
+    other.uid.clone_from(&sandbox.uid);
+    other.netns = "/run/netns/none".into();
+    let refused = call("CHECK", &bed.conf(&other), &other, "shop");
+    assert!(!refused.ok && refused.text.contains("another sandbox"), "{refused:?}");
+    let stranger = bed.sandbox_like(&other, "stranger");
+    let fine = call("CHECK", &bed.conf(&stranger), &stranger, "kube-system");
+    assert!(fine.ok, "{fine:?}");
     assert!(call("DEL", &bed.conf(&sandbox), &sandbox, "shop").ok);
     assert_eq!(bed.captured(&sandbox), Ok(false));
 }

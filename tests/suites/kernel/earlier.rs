@@ -68,3 +68,28 @@ fn what_was_open_before_goes_on_is_told_and_can_be_ended() {
         assert_eq!(alive, !matches!(index, 0 | 3), "{index}");
     }
 }
+
+#[test]
+fn what_a_listener_accepted_before_it_closed_counts_as_accepted() {
+    let bed = Bed::new();
+    let (a, b, out) = (bed.pod("a"), bed.pod("b"), bed.outside());
+    // The second port is one of those that clients get.
+    let (of_a, also_of_a, _of_b) = (bed.serve(&a, 8080), bed.serve(&a, 50051), bed.serve(&b, 8080));
+    let (mut open, mut wanted) = (Vec::new(), BTreeSet::new());
+    for six in BOTH {
+        for port in [8080, 50051] {
+            let (stream, seen) = out.greeted(SocketAddr::new(a.ip(six), port)).unwrap();
+            wanted.insert((SocketAddr::new(a.ip(six), port), seen, true));
+            open.push(stream);
+        }
+        let (stream, seen) = a.greeted(SocketAddr::new(b.ip(six), 8080)).unwrap();
+        wanted.insert((seen, SocketAddr::new(b.ip(six), 8080), false));
+        open.push(stream);
+    }
+    drop((of_a, also_of_a));
+    let mut agent = bed.agent();
+    let slot = bed.enrol(&mut agent, &a);
+    let unseen = agent.kernel.unseen(slot).unwrap();
+    let told: BTreeSet<_> = unseen.iter().map(|one| (one.local, one.remote, one.accepted)).collect();
+    assert_eq!(told, wanted);
+}

@@ -18,7 +18,7 @@ use mesh_node::cni::wire::{SANDBOXES, Sandbox, Valid};
 
 use ask::{Patience, ask};
 use decide::{Verdict, decide};
-use spec::{Call, CniError, Code, Command, NetConf, SUPPORTED};
+use spec::{Call, CniError, Code, Command, NetConf, PodName, SUPPORTED};
 
 /// Largest configuration that is read, bytes.
 const STDIN_BYTES: u64 = 4 << 20;
@@ -84,20 +84,8 @@ fn add(call: &Call, conf: &NetConf) -> Result<String, CniError> {
     // Containers that are no pods use the same configuration: they are not the mesh's.
     let Some(pod) = &call.pod else { return Ok(result.text.clone()) };
     let exempt = conf.exempt.contains(&pod.namespace);
-    let sandbox = Sandbox {
-        namespace: pod.namespace.clone(),
-        name: pod.name.clone(),
-        uid: pod.uid.clone(),
-        netns: call.netns.clone().ok_or_else(|| CniError::new(Code::Environment, "CNI_NETNS is missing"))?,
-        ips: result.addresses.clone(),
-        exempt,
-    };
-    let body = serde_json::to_vec(&sandbox)
-        .map_err(|error| CniError::new(Code::Io, format!("write the request: {error}")))?;
-    let path = format!("{SANDBOXES}/{}", call.container);
     let patience = if exempt { Patience::brief(conf.timeout) } else { Patience::full(conf.timeout) };
-    let asked = ask(&conf.agent_socket, "PUT", &path, &body, patience);
-    match decide(&asked, conf, &pod.namespace) {
+    match about(call, conf, pod, ("PUT", patience))? {
         Verdict::Start => Ok(result.text.clone()),
         Verdict::Refuse(code, why) => {
             let text = format!("pod {}/{} does not start: {why}", pod.namespace, pod.name);
@@ -106,11 +94,31 @@ fn add(call: &Call, conf: &NetConf) -> Result<String, CniError> {
     }
 }
 
+/// What the agent says of the sandbox of a call.
+fn about(
+    call: &Call,
+    conf: &NetConf,
+    pod: &PodName,
+    (method, patience): (&str, Patience),
+) -> Result<Verdict, CniError> {
+    let sandbox = Sandbox {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+        netns: call.netns.clone().ok_or_else(|| CniError::new(Code::Environment, "CNI_NETNS is missing"))?,
+        ips: conf.prev_result.as_ref().map(|result| result.addresses.clone()).unwrap_or_default(),
+        exempt: conf.exempt.contains(&pod.namespace),
+    };
+    let body = serde_json::to_vec(&sandbox)
+        .map_err(|error| CniError::new(Code::Io, format!("write the request: {error}")))?;
+    let path = format!("{SANDBOXES}/{}", call.container);
+    let asked = ask(&conf.agent_socket, method, &path, &body, patience);
+    Ok(decide(&asked, conf, &pod.namespace))
+}
+
 fn check(call: &Call, conf: &NetConf) -> Result<String, CniError> {
     let Some(pod) = &call.pod else { return Ok(String::new()) };
-    let path = format!("{SANDBOXES}/{}", call.container);
-    let asked = ask(&conf.agent_socket, "GET", &path, b"", Patience::brief(conf.timeout));
-    match decide(&asked, conf, &pod.namespace) {
+    match about(call, conf, pod, ("POST", Patience::brief(conf.timeout)))? {
         Verdict::Start => Ok(String::new()),
         Verdict::Refuse(code, why) => {
             Err(CniError::new(code, format!("pod {}/{}: {why}", pod.namespace, pod.name)))
