@@ -60,14 +60,14 @@ impl Plan {
     }
 
     /// (pure) What is to be remembered of it.
-    fn record(&self, objects: &[Value], namespace_was_there: bool) -> Record {
+    fn record(&self, objects: &[Value]) -> Record {
         let profile = clap::ValueEnum::to_possible_value(&self.profile);
         Record {
             version: VERSION.to_owned(),
             profile: profile.map(|value| value.get_name().to_owned()).unwrap_or_default(),
             values: self.layer.clone(),
             objects: objects.iter().map(ObjectId::of).collect(),
-            namespace_was_there,
+            ..Record::default()
         }
     }
 
@@ -121,11 +121,14 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
     write_definitions(cluster, &facts.definitions.write, deadline).await?;
 
     let objects = plan.objects()?;
-    let namespace_was_there = match &former {
-        Some(former) => former.namespace_was_there,
-        None => is_of_others(cluster, &plan.namespace).await?,
-    };
-    let record = plan.record(&objects, namespace_was_there);
+    let mut record = plan.record(&objects);
+    match &former {
+        Some(former) => {
+            record.namespace_was_there = former.namespace_was_there;
+            record.namespace_labels.clone_from(&former.namespace_labels);
+        }
+        None => before(cluster, &plan.namespace, &objects, &mut record).await?,
+    }
     let (agents, others): (Vec<&Value>, Vec<&Value>) =
         objects.iter().partition(|object| object["kind"] == "DaemonSet");
     println!("writing {} objects", objects.len());
@@ -160,10 +163,21 @@ pub async fn run(cluster: &Cluster, mut plan: Plan, former: Option<Record>) -> a
     Ok(())
 }
 
-/// Whether a namespace is there that no installation has made.
-async fn is_of_others(cluster: &Cluster, namespace: &str) -> anyhow::Result<bool> {
+/// Remembers how a namespace was that is there and that no installation has made.
+async fn before(
+    cluster: &Cluster,
+    namespace: &str,
+    objects: &[Value],
+    record: &mut Record,
+) -> anyhow::Result<()> {
     let found = cluster.get(kinds::NAMESPACE, None, namespace).await?;
-    Ok(found.is_some_and(|found| found["metadata"]["labels"][crds::PART_OF.0] != crds::PART_OF.1))
+    let of_others = |found: &Value| found["metadata"]["labels"][crds::PART_OF.0] != crds::PART_OF.1;
+    if let Some(found) = found.filter(of_others) {
+        record.namespace_was_there = true;
+        let ours = objects.iter().find(|object| object["kind"] == "Namespace");
+        record.namespace_labels = ours.map(|ours| record::overwritten(&found, ours)).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Writes definitions and waits until the server serves them.

@@ -1,7 +1,7 @@
 //! What an installation remembers about itself in the cluster: how it was asked for, and which objects it made, so that
 //! an upgrade keeps settings and removes what is no longer wanted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,19 @@ pub struct Record {
     /// The namespace was there before the first installation: it is not ours to delete.
     #[serde(default)]
     pub namespace_was_there: bool,
+    /// What its labels were that the installation overwrote.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub namespace_labels: BTreeMap<String, String>,
+}
+
+/// (pure) What labels of a namespace have another value than `ours` gives them.
+pub fn overwritten(found: &Value, ours: &Value) -> BTreeMap<String, String> {
+    let labels = ours["metadata"]["labels"].as_object().into_iter().flatten();
+    let former = labels.filter_map(|(key, ours)| {
+        let former = found["metadata"]["labels"][key].as_str()?;
+        (*ours != *former).then(|| (key.clone(), former.to_owned()))
+    });
+    former.collect()
 }
 
 /// Which object.
@@ -115,6 +128,15 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_of_others_are_remembered() {
+        let with = |labels: Value| json!({"metadata": {"labels": labels}});
+        let found = with(json!({"a": "theirs", "b": "same", "c": "other"}));
+        let ours = with(json!({"a": "ours", "b": "same", "d": "new"}));
+        assert_eq!(overwritten(&found, &ours), BTreeMap::from([("a".to_owned(), "theirs".to_owned())]));
+        assert!(overwritten(&json!({}), &ours).is_empty());
+    }
 
     #[test]
     fn what_is_no_longer_wanted() {

@@ -36,6 +36,9 @@ const TAINT: &str = "undermesh.io/agent-not-ready";
 const CLEANER: (&str, &str) = ("app.kubernetes.io/name", "undermesh-clean");
 /// Labels of everything that is ours, and of what was made for a Gateway.
 const OURS: &str = "app.kubernetes.io/part-of=undermesh";
+/// ConfigMap with the agents' DaemonSet of an installation that was not made by `meshctl install`: what cleaning needs
+/// when it has to be done again, and the DaemonSet is gone.
+const AGENTS: &str = "undermesh-uninstall";
 const PROVISIONED: &str =
     "app.kubernetes.io/part-of=undermesh,app.kubernetes.io/managed-by=undermesh.io-gateway-controller";
 
@@ -61,6 +64,9 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     let elsewhere = elsewhere(&places(cluster).await?, namespace)?;
     let record = Record::read(cluster, namespace).await?;
     let agents = agents(cluster, namespace, record.as_ref()).await?;
+    if let (None, Some(agents)) = (&record, &agents) {
+        apply(cluster, &kept(agents, namespace)).await?;
+    }
     release(cluster, namespace, deadline).await?;
     // Nothing is made anew from here on.
     delete(cluster, kinds::DEPLOYMENT, Some(namespace), wait::CONTROL.name).await?;
@@ -97,15 +103,16 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     }
     delete(cluster, kinds::SECRET, Some(namespace), "undermesh-ca").await?;
     delete(cluster, kinds::LEASE, Some(namespace), "undermesh-control").await?;
+    rest_of(cluster, namespace).await?;
     if !elsewhere {
         rest(cluster).await?;
         if wish.definitions {
             definitions(cluster).await?;
         }
     }
-    let was_there = record.as_ref().is_some_and(|record| record.namespace_was_there);
-    leave(cluster, namespace, was_there, deadline).await?;
+    leave(cluster, namespace, record.as_ref(), deadline).await?;
     // Last of all: whoever comes again must know whose the namespace is.
+    delete(cluster, kinds::CONFIG_MAP, Some(namespace), AGENTS).await?;
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
     println!("Undermesh is gone; labels, routes and policies of users are as they were");
     Ok(())
@@ -118,6 +125,7 @@ async fn places(cluster: &Cluster) -> anyhow::Result<BTreeSet<String>> {
         (kinds::DEPLOYMENT, wait::CONTROL.name),
         (kinds::DAEMON_SET, wait::NODE.name),
         (kinds::CONFIG_MAP, record::NAME),
+        (kinds::CONFIG_MAP, AGENTS),
     ];
     for (kind, name) in marks {
         let found = cluster.list(kind, None, OURS).await?;
@@ -172,9 +180,25 @@ async fn agents(
     if let Some(set) = cluster.get(kinds::DAEMON_SET, Some(namespace), wait::NODE.name).await? {
         return Ok(Some(set));
     }
+    if let Some(found) = cluster.get(kinds::CONFIG_MAP, Some(namespace), AGENTS).await? {
+        let text = found["data"]["agents"].as_str().unwrap_or_default();
+        let agents = serde_json::from_str(text);
+        return agents.map(Some).with_context(|| format!("read ConfigMap {namespace}/{AGENTS}"));
+    }
     let Some(record) = record else { return Ok(None) };
     let values = chart::values(chart::Profile::Default, vec![record.values.clone()])?;
     Ok(chart::objects(&values, namespace)?.into_iter().find(|object| object["kind"] == "DaemonSet"))
+}
+
+/// (pure) The DaemonSet, to be kept until the nodes are clean.
+fn kept(agents: &Value, namespace: &str) -> Value {
+    let spec = json!({"spec": agents["spec"]});
+    json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": AGENTS, "namespace": namespace, "labels": {crds::PART_OF.0: crds::PART_OF.1}},
+        "data": {"agents": spec.to_string()},
+    })
 }
 
 /// Asks every agent to let go of its pods, so that only what is proxied drains and nothing new is refused meanwhile.
@@ -273,53 +297,72 @@ async fn clean(
         .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or("")))
         .collect();
     let nodes = cluster.list(kinds::NODE, None, &labels.join(",")).await?;
-    let nodes: Vec<&str> = nodes.iter().filter_map(|node| node["metadata"]["name"].as_str()).collect();
     println!("cleaning {} nodes", nodes.len());
     let down = not_ready(cluster).await?;
-    let (mut waiting, mut unclean) = (BTreeMap::new(), Vec::new());
-    for (number, node) in nodes.iter().enumerate() {
-        if down.contains(*node) {
-            unclean.push(((*node).to_owned(), "the node is not ready".to_owned()));
-            continue;
-        }
-        let name = format!("undermesh-clean-{number}");
-        // One of a former attempt has another node, or has ended.
-        while cluster.delete(kinds::POD, Some(namespace), &name).await? {
-            if Instant::now() >= deadline {
-                bail!("pod {namespace}/{name} of a former attempt does not go");
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-        apply(cluster, &cleaner(agents, namespace, (&name, node))).await?;
-        waiting.insert(name, ((*node).to_owned(), "it did not start".to_owned()));
+    let mut cleaning: BTreeMap<String, Cleaning> = BTreeMap::new();
+    for node in &nodes {
+        let name = node["metadata"]["name"].as_str().unwrap_or_default();
+        let (state, why) = match down.contains(name) {
+            true => (State::Impossible, "the node is not ready"),
+            false => (State::Due, "a pod of a former attempt does not go"),
+        };
+        let cleaning_here = Cleaning { node: name.to_owned(), state, why: why.to_owned() };
+        cleaning.insert(cleaner_name(node), cleaning_here);
     }
     let label = format!("{}={}", CLEANER.0, CLEANER.1);
     loop {
-        for pod in cluster.list(kinds::POD, Some(namespace), &label).await? {
-            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            match pod["status"]["phase"].as_str() {
-                Some("Succeeded") => {
-                    if let Some((node, _)) = waiting.remove(name) {
-                        println!("{node} is clean");
-                    }
-                }
-                _ => {
-                    if let (Some((_, why)), Some(now)) = (waiting.get_mut(name), why(&pod)) {
-                        *why = now;
-                    }
-                }
+        for (name, at) in cleaning.iter_mut().filter(|(_, at)| at.state == State::Due) {
+            // One of a former attempt may be on its way out, or have ended.
+            if !cluster.delete(kinds::POD, Some(namespace), name).await? {
+                apply(cluster, &cleaner(agents, namespace, (name, &at.node))).await?;
+                (at.state, at.why) = (State::Running, "it did not start".to_owned());
             }
         }
-        if waiting.is_empty() || Instant::now() >= deadline {
+        for pod in cluster.list(kinds::POD, Some(namespace), &label).await? {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let Some(at) = cleaning.get_mut(name).filter(|at| at.state == State::Running) else { continue };
+            if pod["status"]["phase"] == "Succeeded" {
+                println!("{} is clean", at.node);
+                at.state = State::Clean;
+            } else if let Some(now) = why(&pod) {
+                at.why = now;
+            }
+        }
+        let open = |at: &Cleaning| matches!(at.state, State::Due | State::Running);
+        if !cleaning.values().any(open) || Instant::now() >= deadline {
             break;
         }
         tokio::time::sleep(LOOK).await;
     }
-    for number in 0..nodes.len() {
-        delete(cluster, kinds::POD, Some(namespace), &format!("undermesh-clean-{number}")).await?;
+    for name in cleaning.iter().filter(|(_, at)| at.state != State::Impossible).map(|(name, _)| name) {
+        delete(cluster, kinds::POD, Some(namespace), name).await?;
     }
-    unclean.extend(waiting.into_values());
-    Ok(unclean)
+    let unclean = cleaning.into_values().filter(|at| at.state != State::Clean);
+    Ok(unclean.map(|at| (at.node, at.why)).collect())
+}
+
+/// How far the cleaning of a node is.
+struct Cleaning {
+    node: String,
+    state: State,
+    /// Why it is not clean.
+    why: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing can run there.
+    Impossible,
+    /// Its pod is to be made.
+    Due,
+    Running,
+    Clean,
+}
+
+/// (pure) The pod that cleans a node: the same in every attempt, whatever other nodes there are. A node's name may be as
+/// long as a pod's.
+fn cleaner_name(node: &Value) -> String {
+    format!("undermesh-clean-{}", node["metadata"]["uid"].as_str().unwrap_or_default())
 }
 
 fn why(pod: &Value) -> Option<String> {
@@ -392,12 +435,33 @@ async fn rest(cluster: &Cluster) -> anyhow::Result<()> {
         }
     }
     for kind in [kinds::CLUSTER_ROLE_BINDING, kinds::CLUSTER_ROLE, kinds::CONFIG_MAP] {
-        for object in cluster.list(kind, None, OURS).await? {
-            let id = identify(kind, &object);
-            // Goes last.
-            if id.name != record::NAME {
-                told(remove(cluster, &id).await?, &id);
-            }
+        labelled(cluster, kind, None).await?;
+    }
+    Ok(())
+}
+
+/// The same in the installation's own namespace.
+async fn rest_of(cluster: &Cluster, namespace: &str) -> anyhow::Result<()> {
+    let kinds = [
+        kinds::DISRUPTION_BUDGET,
+        kinds::SERVICE,
+        kinds::ROLE_BINDING,
+        kinds::ROLE,
+        kinds::SERVICE_ACCOUNT,
+        kinds::CONFIG_MAP,
+    ];
+    for kind in kinds {
+        labelled(cluster, kind, Some(namespace)).await?;
+    }
+    Ok(())
+}
+
+/// Removes everything of a kind that says that it is ours, but for what goes last.
+async fn labelled(cluster: &Cluster, kind: Kind, namespace: Option<&str>) -> anyhow::Result<()> {
+    for object in cluster.list(kind, namespace, OURS).await? {
+        let id = identify(kind, &object);
+        if id.name != record::NAME && id.name != AGENTS {
+            told(remove(cluster, &id).await?, &id);
         }
     }
     Ok(())
@@ -439,25 +503,37 @@ async fn definitions(cluster: &Cluster) -> anyhow::Result<()> {
 }
 
 /// Removes the namespace when the installation made it and nothing of anybody else is in it.
-async fn leave(cluster: &Cluster, namespace: &str, was_there: bool, deadline: Instant) -> anyhow::Result<()> {
+async fn leave(
+    cluster: &Cluster,
+    namespace: &str,
+    record: Option<&Record>,
+    deadline: Instant,
+) -> anyhow::Result<()> {
     let Some(found) = cluster.get(kinds::NAMESPACE, None, namespace).await? else { return Ok(()) };
-    let why = if was_there {
+    let why = if record.is_some_and(|record| record.namespace_was_there) {
         "it was there before the installation".to_owned()
     } else if !is_ours(&found) {
         "it was not made by the installation".to_owned()
     } else {
-        // What cannot be seen may be there.
-        let all = cluster.inhabitants(namespace).await.context("list what the namespace holds")?;
-        let others: Vec<String> =
-            all.iter().filter(|one| is_foreign(one)).map(|one| ObjectId::of(one).to_string()).collect();
-        if others.is_empty() {
-            return end(cluster, namespace, deadline).await;
+        match cluster.inhabitants(namespace).await.map(|all| foreign(&all)) {
+            Ok(others) if others.is_empty() => return end(cluster, namespace, deadline).await,
+            Ok(others) => format!("it holds what is not ours: {}", others.join(", ")),
+            // What cannot be seen may be there.
+            Err(error) => format!("what it holds cannot be listed: {error}"),
         }
-        format!("it holds what is not ours: {}", others.join(", "))
     };
     println!("namespace {namespace} stays: {why}");
-    // Without the labels that we wrote; what others wrote is theirs.
-    apply(cluster, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})).await
+    // Without the labels that we wrote; what others wrote is theirs, and what we overwrote is again as it was.
+    apply(cluster, &json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}))
+        .await?;
+    match record.map(|record| &record.namespace_labels).filter(|labels| !labels.is_empty()) {
+        Some(labels) => {
+            let patch = json!({"metadata": {"labels": labels}});
+            let restored = cluster.merge(kinds::NAMESPACE, (None, namespace), &patch).await;
+            restored.with_context(|| format!("give namespace {namespace} its labels back"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// (pure) Whether an object says that it is ours.
@@ -465,10 +541,17 @@ fn is_ours(object: &Value) -> bool {
     object["metadata"]["labels"][crds::PART_OF.0] == crds::PART_OF.1
 }
 
-/// (pure) Whether an object of the namespace is neither ours nor made by Kubernetes itself.
-fn is_foreign(object: &Value) -> bool {
+/// (pure) What is neither ours nor made by Kubernetes itself. What has its owner here goes with it.
+fn foreign(all: &[Value]) -> Vec<String> {
+    let here: BTreeSet<&str> = all.iter().filter_map(|one| one["metadata"]["uid"].as_str()).collect();
+    let foreign = all.iter().filter(|one| is_foreign(one, &here));
+    foreign.map(|one| ObjectId::of(one).to_string()).collect()
+}
+
+fn is_foreign(object: &Value, here: &BTreeSet<&str>) -> bool {
     let meta = &object["metadata"];
-    let owned = meta["ownerReferences"].as_array().is_some_and(|owners| !owners.is_empty());
+    let mut owners = meta["ownerReferences"].as_array().into_iter().flatten();
+    let owned = owners.any(|owner| owner["uid"].as_str().is_some_and(|uid| here.contains(uid)));
     // Whoever made the Service has the Endpoints; an Event or a metric holds nothing.
     let shadow = ["Event", "Endpoints", "PodMetrics"].iter().any(|kind| object["kind"] == *kind);
     let made = match object["kind"].as_str() {
@@ -524,7 +607,13 @@ mod tests {
                 json!({"labels": {"app.kubernetes.io/part-of": "undermesh"}}),
                 false,
             ),
-            ("ReplicaSet", "x", json!({"ownerReferences": [{"name": "undermesh-control"}]}), false),
+            (
+                "ReplicaSet",
+                "x",
+                json!({"ownerReferences": [{"name": "undermesh-control", "uid": "u"}]}),
+                false,
+            ),
+            ("ReplicaSet", "y", json!({"ownerReferences": [{"name": "of-the-cluster", "uid": "v"}]}), true),
             ("ConfigMap", "kube-root-ca.crt", json!({}), false),
             ("ConfigMap", "theirs", json!({}), true),
             ("ServiceAccount", "default", json!({}), false),
@@ -532,7 +621,8 @@ mod tests {
             ("Secret", "cacerts", json!({}), true),
             ("Event", "e", json!({}), false),
         ] {
-            assert_eq!(is_foreign(&object(kind, name, more)), foreign, "{kind} {name}");
+            let all = [object(kind, name, more), object("Event", "owner", json!({"uid": "u"}))];
+            assert_eq!(super::foreign(&all).len(), usize::from(foreign), "{kind} {name}");
         }
     }
 
@@ -553,6 +643,10 @@ mod tests {
         assert_eq!((&pod["spec"]["nodeName"], &container["args"][1]), (&"a".into(), &"--node=a".into()));
         assert_eq!(container["image"], format!("docker.io/undermesh/node:{}", chart::VERSION));
         assert!(container.get("readinessProbe").is_none());
+        // It is made of what is kept as well.
+        let again = kept(agents, "mesh");
+        let again: Value = serde_json::from_str(again["data"]["agents"].as_str().unwrap()).unwrap();
+        assert_eq!(cleaner(&again, "mesh", ("undermesh-clean-0", "a")), pod);
         // Every mount has its volume, and none is of what goes before the cleaning.
         let names = |list: &Value| -> std::collections::BTreeSet<String> {
             list.as_array().unwrap().iter().map(|item| item["name"].as_str().unwrap().to_owned()).collect()

@@ -62,6 +62,8 @@ pub fn upgrade(cluster: &Cluster) -> anyhow::Result<()> {
 pub fn profiles(cluster: &Cluster) -> anyhow::Result<()> {
     let root = Root::generate(SystemTime::now())?;
     cluster.run(&["create", "namespace", MESH_NAMESPACE])?;
+    let label = "pod-security.kubernetes.io/enforce";
+    cluster.run(&["label", "namespace", MESH_NAMESPACE, &format!("{label}=baseline"), "owner=them"])?;
     let files = [
         ("ca-cert", &root.certificate),
         ("ca-key", &root.key),
@@ -93,12 +95,26 @@ pub fn profiles(cluster: &Cluster) -> anyhow::Result<()> {
     cluster
         .run(&["-n", MESH_NAMESPACE, "get", "secret", "cacerts"])
         .context("uninstall took what is the operator's")?;
+    let labels = &cluster.json(&["get", "namespace", MESH_NAMESPACE])?["metadata"]["labels"];
+    ensure!(
+        labels[label] == "baseline"
+            && labels["owner"] == "them"
+            && labels["istio.io/dataplane-mode"].is_null(),
+        "the namespace's labels are not as they were: {labels}"
+    );
     cluster.delete_namespaces(&[MESH_NAMESPACE])?;
 
-    installed(cluster, &["--profile", "demo"])?;
+    // As Helm puts it in: nothing in the cluster remembers how.
+    let objects = meshctl(&["install", "--dry-run", "--profile", "demo"])?;
+    cluster.apply(&objects)?;
+    let rollout = ["-n", MESH_NAMESPACE, "rollout", "status", "--timeout=120s"];
+    for set in ["deployment/undermesh-control", "daemonset/undermesh-node"] {
+        cluster.run(&[&rollout[..], &[set]].concat())?;
+    }
     let classes = cluster.run(&["get", "gatewayclass", "-o", "name"])?;
     ensure!(classes.contains("/istio-waypoint"), "classes of demo: {classes}");
-    meshctl(&["uninstall"]).map(drop)
+    meshctl(&["uninstall"])?;
+    nothing_left(cluster)
 }
 
 /// The mesh goes: the application does not notice, and no node keeps a trace.
@@ -109,12 +125,18 @@ pub fn uninstall(cluster: &Cluster) -> anyhow::Result<()> {
     ensure!(said.contains(MESH_NAMESPACE) && said.contains("nothing was changed"), "{said}");
     ensure!(before == own_pods(cluster)?, "the installation of another namespace was touched");
     meshctl(&["uninstall"])?;
+    story::whole_page(cluster)?;
+    nothing_left(cluster)?;
+    cluster.delete_namespaces(&[story::BOOKINFO, story::OUTSIDE])
+}
+
+/// No namespace, no object at the API server, no trace on a node.
+fn nothing_left(cluster: &Cluster) -> anyhow::Result<()> {
     let gone = cluster.run(&["get", "namespace", MESH_NAMESPACE, "--ignore-not-found"])?;
     ensure!(gone.trim().is_empty(), "the namespace stayed: {gone}");
-    story::whole_page(cluster)?;
     // Everything but definitions of kinds, in every namespace: of the waypoints, too.
     let kinds = "deployments,daemonsets,pods,services,serviceaccounts,configmaps,secrets,poddisruptionbudgets,leases,\
-                 clusterroles,clusterrolebindings,gatewayclasses";
+                 roles,rolebindings,clusterroles,clusterrolebindings,gatewayclasses";
     wait::until("nothing of ours to be at the API server", || {
         let query = ["get", kinds, "-A", "-l", "app.kubernetes.io/part-of=undermesh", "-o", "name"];
         let left = cluster.run(&query).map_err(|error| format!("{error:#}"))?;
@@ -128,7 +150,7 @@ pub fn uninstall(cluster: &Cluster) -> anyhow::Result<()> {
             })?;
         }
     }
-    cluster.delete_namespaces(&[story::BOOKINFO, story::OUTSIDE])
+    Ok(())
 }
 
 /// Files, pins, and rules in pods of one node.

@@ -17,6 +17,7 @@ use mesh_tests::{
 };
 
 const NAMESPACE: &str = "probed";
+const IMAGE: &str = "docker.io/undermesh/bookinfo:0.1.0";
 const HTTP: u16 = 8081;
 const TCP: u16 = 8082;
 const GRPC: u16 = 8083;
@@ -67,6 +68,7 @@ pub fn probes(cluster: &Cluster) -> anyhow::Result<()> {
 
     imitators(cluster, &pod, &asked)?;
     forwarded(cluster, &asked)?;
+    greeting(cluster, &pod, &asked)?;
     cluster.run(&["-n", NAMESPACE, "delete", "pod", "probed", "--timeout=60s"])?;
     ensure!(count(&asked, "/stop") == 1, "the hook was not called: {asked:?}");
     cluster.delete_namespaces(&[NAMESPACE])
@@ -140,8 +142,37 @@ fn forwarded(cluster: &Cluster, asked: &Asked) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A pod that calls from its `postStart` hook, which runs before its status has an address.
+fn greeting(cluster: &Cluster, to: &Pod, asked: &Asked) -> anyhow::Result<()> {
+    let url = format!("http://{}/greeting", SocketAddr::new(*to.ips.first().context("no address")?, HTTP));
+    cluster.apply(&format!(
+        "
+apiVersion: v1
+kind: Pod
+metadata: {{name: greeter, namespace: {NAMESPACE}}}
+spec:
+  nodeName: {}
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: greeter
+    image: {IMAGE}
+    args: [wait]
+    lifecycle: {{postStart: {{exec: {{command: [bookinfo, get, -m, '20', '{url}']}}}}}}
+",
+        to.node
+    ))?;
+    cluster.run(&["-n", NAMESPACE, "wait", "pod/greeter", "--for=condition=Ready", "--timeout=60s"])?;
+    let greeter = cluster.json(&["-n", NAMESPACE, "get", "pod", "greeter"])?;
+    let restarts = &greeter["status"]["containerStatuses"][0]["restartCount"];
+    ensure!(
+        *restarts == 0 && count(asked, "/greeting") == 1,
+        "the hook failed: {restarts} restarts, {asked:?}"
+    );
+    Ok(())
+}
+
 fn yaml(node: &str) -> String {
-    let image = "'docker.io/undermesh/bookinfo:0.1.0'";
+    let image = IMAGE;
     format!(
         "
 apiVersion: v1
