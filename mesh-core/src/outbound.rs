@@ -19,7 +19,7 @@ use crate::{
 pub struct Request {
     /// As the application dialled it.
     pub to: SocketAddr,
-    /// The endpoint that the kernel picked, when it did; kept if it may still be chosen.
+    /// The endpoint that the kernel picked, or that the client keeps; taken if it may still be chosen.
     pub chosen: Option<SocketAddr>,
     /// A uniform random number for choices.
     pub pick: u64,
@@ -123,15 +123,14 @@ fn plan_service(
     } else {
         balance::candidates(world, service, to.port(), &from.node, dialled.ip())
     };
-    let by_kernel =
+    let before =
         request.chosen.and_then(|chosen| candidates.iter().find(|candidate| candidate.target == chosen));
     let weights = candidates.iter().map(|candidate| candidate.weight);
     let drawn = || candidates.get(balance::weighted(weights, request.pick)?);
-    let found = if service.sticky {
-        balance::kept(&candidates, from.uid.0.as_bytes())
-    } else {
-        by_kernel.or_else(drawn)
-    };
+    let found = before.or_else(|| match service.sticky {
+        Some(_) => balance::kept(&candidates, from.uid.0.as_bytes()),
+        None => drawn(),
+    });
     let Some(candidate) = found else {
         let known = service.ports.iter().any(|port| port.port == to.port());
         let why = if known {

@@ -4,8 +4,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use mesh_core::{
@@ -69,7 +70,7 @@ fn service(namespace: &str, name: &str, vip: &str) -> Service {
         subject_alt_names: vec![],
         waypoint: None,
         load_balancing: LoadBalancing::All,
-        sticky: false,
+        sticky: None,
         allow_unhealthy: false,
         canonical: true,
         visibility: Visibility::Public,
@@ -461,7 +462,7 @@ fn a_service_is_reached_at_every_address_of_it() {
 
 #[test]
 fn a_client_keeps_its_endpoint_where_the_service_says_so() {
-    let web = Service { sticky: true, ..service("shop", "web", "10.96.0.1") };
+    let web = Service { sticky: Some(Duration::from_secs(60)), ..service("shop", "web", "10.96.0.1") };
     let pods: Vec<_> = (2..10)
         .map(|n| endpoint_of(workload("shop", &format!("web-{n}"), &format!("10.0.0.{n}"), "n1"), &web))
         .collect();
@@ -476,6 +477,13 @@ fn a_client_keeps_its_endpoint_where_the_service_says_so() {
     let clients: Vec<String> = (0..40).map(|n| format!("client-{n}")).collect();
     let before: BTreeMap<_, _> = clients.iter().map(|client| (client, of(&whole, client))).collect();
     assert!(before.values().collect::<BTreeSet<_>>().len() > 4, "clients are spread: {before:?}");
+    // What it has had before wins over what it would get today.
+    for pod in &pods {
+        let had = SocketAddr::new(pod.addresses[0], 8080);
+        let client = workload("shop", "client-0", "10.0.0.1", "n1");
+        let request = Request { chosen: Some(had), ..to("10.96.0.1:80", 0) };
+        assert_eq!(authority(plan(&whole, &client, &request)), had.to_string());
+    }
     let gone = pods[3].addresses[0];
     let less = whole.with([delta::removed(proto::TYPE_ADDRESS, &pods[3].uid.0).unwrap()]);
     for (client, kept) in before {
@@ -715,7 +723,7 @@ proptest! {
                     if variant > 0 { pod = endpoint_of(pod, &shared); }
                     w(pod)
                 }
-                3 => s(Service { canonical: variant == 0, vips: vec![format!("10.96.0.{variant}").parse().unwrap()], fronts: vec![Front { at: format!("192.0.2.{variant}:30080").parse().unwrap(), port: 80 }], sticky: variant == 1, ..shared.clone() }),
+                3 => s(Service { canonical: variant == 0, vips: vec![format!("10.96.0.{variant}").parse().unwrap()], fronts: vec![Front { at: format!("192.0.2.{variant}:30080").parse().unwrap(), port: 80 }], sticky: (variant == 1).then_some(Duration::from_secs(60)), ..shared.clone() }),
                 4 => p(policy("x", [Scope::Global, Scope::Namespace, Scope::WorkloadSelector][variant], Action::Deny, vec![])),
                 _ => Change::InvalidPolicy(PolicyKey::new("shop", "y")),
             };

@@ -28,6 +28,7 @@ use tokio::{
 };
 
 use crate::{
+    affinity::Affinity,
     connections::{Connections, Owner},
     direct::Direct,
     earlier::Earlier,
@@ -168,7 +169,18 @@ impl Agent {
         // idle tunnel would never let that happen.
         let pool = Pool::new(Arc::new(self.certificates.clone()), self.tasks.clone(), draining.clone());
         let places = Arc::new(Semaphore::new(self.pod_connections));
-        Pod { kept: ArcSwap::from_pointee(kept), netns, slot, owner, drain, draining, tasks, pool, places }
+        Pod {
+            kept: ArcSwap::from_pointee(kept),
+            netns,
+            slot,
+            owner,
+            drain,
+            draining,
+            tasks,
+            pool,
+            affinity: Affinity::default(),
+            places,
+        }
     }
 
     /// Takes a socket out of capture; before it connects.

@@ -3,6 +3,7 @@
 //! Start at [`app`]: it builds everything in the order in which bytes meet it.
 
 pub mod admin;
+pub mod affinity;
 pub mod agent;
 pub mod app;
 pub mod cni;

@@ -1,6 +1,6 @@
 //! What a pod sends: accept → flow record → plan → dial → copy.
 
-use std::{io, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 
 use mesh_core::{
     explain,
@@ -49,7 +49,8 @@ async fn carry(
             format!("the kernel has no record of a connection from {from} to {to}"),
         )
     })?;
-    let request = Request { to: flow.dialled, chosen: flow.chosen, pick: at.agent.chance.next() };
+    let chosen = flow.chosen.or_else(|| at.pod.affinity.of(flow.dialled, Instant::now()));
+    let request = Request { to: flow.dialled, chosen, pick: at.agent.chance.next() };
     let live = at.agent.connections.register(Accepted {
         owner: at.pod.owner.clone(),
         side: Side::Outbound,
@@ -97,6 +98,7 @@ async fn planned(
             return Err(refusal.into());
         }
     };
+    keep(at, &request, &plan);
     let route = Route::of(&plan, &own);
     route.tell(record, from);
     route.told.count(record, &at.agent.metrics, Side::Outbound);
@@ -127,6 +129,20 @@ async fn planned(
         }
     }
     Ok(())
+}
+
+/// Remembers which endpoint the client has got of a service that lets it keep one.
+fn keep(at: &Site, request: &Request, plan: &Plan) {
+    let affinity = &at.pod.affinity;
+    match plan {
+        Plan::Tunnel { authority: endpoint, service: Some(service), .. }
+        | Plan::Plain { to: endpoint, service: Some(service), .. } => match service.sticky {
+            Some(time) => affinity.keep(request.to, *endpoint, time, Instant::now()),
+            None if request.chosen.is_some() => affinity.forget(request.to),
+            None => {}
+        },
+        _ => {}
+    }
 }
 
 async fn dial_plain(at: &Site, to: SocketAddr) -> Result<TcpStream, AppError> {

@@ -37,6 +37,7 @@ use self::{
     route::RouteError,
 };
 use crate::{
+    affinity::Affinity,
     agent::Agent,
     connections::Owner,
     kernel::{self, HeldPod, KernelError, PodSlot},
@@ -71,6 +72,8 @@ pub struct Pod {
     pub tasks: TaskGroup,
     /// Its tunnels.
     pub pool: Pool,
+    /// Endpoints that it keeps.
+    pub affinity: Affinity,
     /// What bounds its connections that pass through the agent: one pod must not use up the agent's descriptors.
     pub places: Arc<Semaphore>,
 }

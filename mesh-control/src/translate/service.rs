@@ -1,10 +1,10 @@
 //! Services and EndpointSlices.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use k8s_openapi::{
     api::{
-        core::v1::{Service, ServicePort as KubernetesPort},
+        core::v1::{Service, ServicePort as KubernetesPort, ServiceSpec},
         discovery::v1::EndpointSlice,
     },
     apimachinery::pkg::util::intstr::IntOrString,
@@ -12,6 +12,9 @@ use k8s_openapi::{
 
 use super::{Labels, Report, workload::GATEWAY_NAME};
 use crate::source::Object;
+
+/// How long a client keeps its endpoint where the Service does not say (Kubernetes' default).
+const STICKY: Duration = Duration::from_secs(10_800);
 
 /// What a Service says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +36,7 @@ pub struct ServiceFacts {
     /// Only endpoints of the client's own node.
     pub node_local: bool,
     /// A client keeps its endpoint.
-    pub sticky: bool,
+    pub sticky: Option<Duration>,
 }
 
 /// One port of a Service.
@@ -113,7 +116,9 @@ pub fn service(object: &Object, service: &Service, report: &mut Report<'_>) -> O
     let ingress = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = ingress.and_then(|balancer| balancer.ingress.as_ref()).into_iter().flatten();
     // Mode Proxy: the load balancer wants to see the connection itself.
-    let on_node = ingress.filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"));
+    // Whom it lets in is the node's own proxy's to decide.
+    let open = spec.load_balancer_source_ranges.as_ref().is_none_or(Vec::is_empty);
+    let on_node = ingress.filter(|ingress| open && ingress.ip_mode.as_deref() != Some("Proxy"));
     let balanced = on_node.filter_map(|ingress| ingress.ip.as_deref());
     let mut externals = addresses("status.loadBalancer.ingress", balanced, report);
     let listed = spec.external_ips.iter().flatten().map(String::as_str);
@@ -132,8 +137,14 @@ pub fn service(object: &Object, service: &Service, report: &mut Report<'_>) -> O
         selector: spec.selector.clone().filter(|selector| !selector.is_empty()),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
-        sticky: spec.session_affinity.as_deref() == Some("ClientIP"),
+        sticky: (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| sticky(spec)),
     })
+}
+
+fn sticky(spec: &ServiceSpec) -> Duration {
+    let config = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+    let seconds = config.and_then(|client_ip| client_ip.timeout_seconds);
+    seconds.and_then(|seconds| u64::try_from(seconds).ok()).map_or(STICKY, Duration::from_secs)
 }
 
 /// The usable ones, each once.
@@ -274,7 +285,7 @@ mod tests {
             "{clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1, 'fd00:96::1'], selector: {app: a}, publishNotReadyAddresses: true, internalTrafficPolicy: Local, ports: [{name: http, port: 80, targetPort: web}, {name: db, port: 3306, protocol: TCP, nodePort: 30306}, {name: dns, port: 53, protocol: UDP}]}",
         );
         assert_eq!(got.vips.len(), 2);
-        assert!(got.publish_not_ready && got.node_local && !got.sticky);
+        assert!(got.publish_not_ready && got.node_local && got.sticky.is_none());
         assert_eq!(
             got.ports,
             [
@@ -299,9 +310,18 @@ mod tests {
         let outside = service_of(
             "{externalIPs: [192.0.2.7, 192.0.2.8], sessionAffinity: ClientIP, ports: []}\nstatus: {loadBalancer: {ingress: [{ip: 192.0.2.9}, {ip: 192.0.2.8, ipMode: VIP}, {ip: 192.0.2.10, ipMode: Proxy}, {hostname: x.example}]}}",
         );
+        let kept = service_of(
+            "{sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}, loadBalancerSourceRanges: [10.0.0.0/8], externalIPs: [192.0.2.7], ports: []}\nstatus: {loadBalancer: {ingress: [{ip: 192.0.2.9}]}}",
+        );
+        assert_eq!(kept.sticky, Some(Duration::from_secs(60)));
+        assert_eq!(
+            kept.externals,
+            ["192.0.2.7".parse::<IpAddr>().unwrap()],
+            "whom it lets in is not ours to say"
+        );
         let externals: Vec<_> = outside.externals.iter().map(ToString::to_string).collect();
         assert_eq!(externals, ["192.0.2.9", "192.0.2.8", "192.0.2.7"]);
-        assert!(outside.sticky && outside.vips.is_empty());
+        assert!(outside.sticky == Some(STICKY) && outside.vips.is_empty());
         assert!(service_of("{clusterIP: None, ports: []}").headless);
         assert!(!service_of("{ports: []}").headless);
     }

@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -70,8 +71,8 @@ pub struct Service {
     pub waypoint: Option<WaypointRef>,
     /// How an endpoint is chosen.
     pub load_balancing: LoadBalancing,
-    /// A client keeps its endpoint (`sessionAffinity: ClientIP`).
-    pub sticky: bool,
+    /// A client keeps its endpoint (`sessionAffinity: ClientIP`) for this long after its last new connection.
+    pub sticky: Option<Duration>,
     /// Unhealthy endpoints take connections too (`publishNotReadyAddresses`).
     pub allow_unhealthy: bool,
     /// A real Kubernetes service; wins ties between services that share an address.

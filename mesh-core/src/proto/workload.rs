@@ -1,7 +1,7 @@
 //! `istio.workload` (`wire-protocol.md` 5.6).
 #![expect(missing_docs, reason = "fields are Istio's, described in wire-protocol.md 5.6")]
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{Malformed, each, ip, ip_bytes, port};
 use crate::{
@@ -58,9 +58,9 @@ pub struct Service {
     /// Ours: `model::Service::fronts`.
     #[prost(message, repeated, tag = "1001")]
     pub fronts: Vec<FrontMessage>,
-    /// Ours: `model::Service::sticky`.
-    #[prost(bool, tag = "1002")]
-    pub sticky: bool,
+    /// Ours: `model::Service::sticky` in seconds; 0: none.
+    #[prost(uint32, tag = "1003")]
+    pub sticky_seconds: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -318,7 +318,7 @@ impl TryFrom<Service> for model::Service {
             canonical,
             visibility,
             fronts,
-            sticky,
+            sticky_seconds,
         } = message;
         choice("ip_families", ip_families, &[(0, ()), (1, ()), (2, ()), (3, ())])?;
         let (load_balancing, allow_unhealthy) = match load_balancing {
@@ -333,7 +333,7 @@ impl TryFrom<Service> for model::Service {
             name: name.into(),
             vips: each("addresses", addresses, host)?,
             fronts: each("fronts", fronts, front)?,
-            sticky,
+            sticky: (sticky_seconds > 0).then(|| Duration::from_secs(sticky_seconds.into())),
             ports: each("ports", ports, service_port)?,
             subject_alt_names: each("subject_alt_names", subject_alt_names, identity)?,
             waypoint: waypoint
@@ -431,7 +431,7 @@ impl From<&model::Service> for Service {
             canonical: *canonical,
             visibility: i32::from(*visibility == Visibility::Namespace),
             fronts: fronts.iter().map(front_message).collect(),
-            sticky: *sticky,
+            sticky_seconds: sticky.map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX)),
         }
     }
 }

@@ -324,7 +324,7 @@ fn chosen_among(
 ) -> ServiceState {
     let passed_on = service.load_balancing == LoadBalancing::Passthrough || outside_the_mesh(world, service);
     // Which endpoint a client keeps is more than a weight.
-    if service.waypoint.is_some() || service.sticky || passed_on {
+    if service.waypoint.is_some() || service.sticky.is_some() || passed_on {
         return ServiceState::Agent;
     }
     ServiceState::Endpoints(

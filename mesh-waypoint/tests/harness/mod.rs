@@ -130,7 +130,7 @@ impl World {
             subject_alt_names: Vec::new(),
             waypoint: None,
             load_balancing: Default::default(),
-            sticky: false,
+            sticky: None,
             allow_unhealthy: false,
             canonical: true,
             visibility: Default::default(),

@@ -139,7 +139,7 @@ fn service(waypoint: bool) -> Service {
         waypoint: waypoint
             .then(|| WaypointRef::Service { service: ServiceKey::new("shop", "gw"), port: 15008 }),
         load_balancing: LoadBalancing::All,
-        sticky: false,
+        sticky: None,
         allow_unhealthy: false,
         canonical: true,
         visibility: Visibility::Public,
