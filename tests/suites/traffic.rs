@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     suite.case("a_thousand_tunnelled_connections_at_once_show_the_clients_address", thousand_tunnelled);
     suite.case("a_thousand_plaintext_connections_at_once_show_the_clients_address", thousand_plaintext);
     suite.case("sixty_thousand_short_connections_without_an_address_error", short_connections);
+    suite.case("a_client_keeps_its_endpoint_when_others_come", affinity);
     suite.leaves_nothing(|fixture: &Fixture| &fixture.world);
     suite.run()
 }
@@ -126,6 +127,61 @@ fn server_first(fixture: &Fixture) -> anyhow::Result<()> {
             Outcome::Refused(why) => anyhow::bail!("refused: {why}"),
         },
     )
+}
+
+/// Services that let clients keep their endpoint, each with its own first one.
+fn affinity(fixture: &Fixture) -> anyhow::Result<()> {
+    let pods = [&fixture.near, &fixture.far, &fixture.far2];
+    let servers = pods.map(|pod| Server::start(pod, PORT, greet_and_echo()));
+    let servers = servers.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+    let (mut alone, mut together) = (String::new(), String::new());
+    for (number, pod) in pods.iter().enumerate() {
+        let name = format!("kept-{number}");
+        alone += &sticky(&name, &[pod])?;
+        together += &sticky(&name, &pods)?;
+    }
+    fixture.world.apply(&[("kept.yaml", &alone)])?;
+    let ask = || -> anyhow::Result<()> {
+        for (number, server) in servers.iter().enumerate() {
+            let vip = fixture.world.vip(&format!("mesh/kept-{number}"), Family::V4)?;
+            let before = server.accepted();
+            ensure!(talk(&fixture.client, SocketAddr::new(vip, PORT)).greeted(), "kept-{number} is refused");
+            ensure!(server.accepted() == before + 1, "kept-{number} went to another endpoint");
+        }
+        Ok(())
+    };
+    ask().context("the only one")?;
+    fixture.world.apply(&[("kept.yaml", &together)])?;
+    for _ in 0..5 {
+        ask().context("of three")?;
+    }
+    fixture.world.apply(&[("kept.yaml", "")])?;
+    Ok(())
+}
+
+fn sticky(name: &str, pods: &[&Pod]) -> anyhow::Result<String> {
+    let mut text = format!(
+        "
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: mesh}}
+spec: {{sessionAffinity: ClientIP, ports: [{{name: tcp, port: {PORT}}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-v4, namespace: mesh, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv4
+ports: [{{name: tcp, port: {PORT}}}]
+endpoints:
+"
+    );
+    for pod in pods {
+        let ip = pod.at(Family::V4, PORT)?.ip();
+        let target = format!("{{kind: Pod, namespace: mesh, name: {}}}", pod.name);
+        text += &format!("- {{addresses: ['{ip}'], conditions: {{ready: true}}, targetRef: {target}}}\n");
+    }
+    Ok(text)
 }
 
 /// Both directions at once, so that neither may wait for the other.
