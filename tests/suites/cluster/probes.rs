@@ -80,6 +80,7 @@ fn serving(cluster: &Cluster) -> anyhow::Result<Pod> {
     let mut served = shown.as_array().into_iter().flatten();
     let own = served.find(|shown| shown["uid"] == *pod.uid).context("the agent does not know it")?;
     ensure!(own["state"] == "serving", "{own}");
+    ensure!(!pod.ips.is_empty(), "its status has no address yet");
     Ok(pod)
 }
 
