@@ -113,8 +113,35 @@ pub fn profiles(cluster: &Cluster) -> anyhow::Result<()> {
     }
     let classes = cluster.run(&["get", "gatewayclass", "-o", "name"])?;
     ensure!(classes.contains("/istio-waypoint"), "classes of demo: {classes}");
-    meshctl(&["uninstall"])?;
+    definitions(cluster)?;
     nothing_left(cluster)
+}
+
+/// With the definitions of kinds, but for what still has an object; and again, once it has none.
+fn definitions(cluster: &Cluster) -> anyhow::Result<()> {
+    let policy = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: theirs, namespace: default}
+";
+    cluster.apply(policy)?;
+    let there = || cluster.run(&["get", "crd", "-l", "app.kubernetes.io/part-of=undermesh", "-o", "name"]);
+    ensure!(there()?.lines().count() > 2, "definitions that are ours: {}", there()?);
+    let said = meshctl(&["uninstall", "--crds"])?;
+    ensure!(said.contains("peerauthentications.security.istio.io stays: 1 objects"), "{said}");
+    let only = |names: &str| {
+        wait::until(&format!("the definitions to be {names:?}"), || {
+            let left = there().map_err(|error| format!("{error:#}"))?;
+            if left.trim() == names { Ok(()) } else { Err(left) }
+        })
+    };
+    only("customresourcedefinition.apiextensions.k8s.io/peerauthentications.security.istio.io")?;
+    cluster
+        .run(&["-n", "default", "get", "peerauthentication", "theirs"])
+        .context("a user's object is gone")?;
+    cluster.run(&["-n", "default", "delete", "peerauthentication", "theirs"])?;
+    meshctl(&["uninstall", "--crds"])?;
+    only("")
 }
 
 /// The mesh goes: the application does not notice, and no node keeps a trace.
