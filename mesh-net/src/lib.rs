@@ -14,6 +14,7 @@ pub mod feed;
 pub mod grpc;
 pub mod identity;
 pub mod listen;
+mod mux;
 pub mod record;
 pub mod socket;
 pub mod task;

@@ -185,4 +185,6 @@ impl DialError {
 pub(crate) const FLAG_HEADER: &str = "x-undermesh-flag";
 
 #[cfg(test)]
+mod measure;
+#[cfg(test)]
 mod tests;

@@ -59,9 +59,8 @@ impl<T> TlsStream<T> {
         }
     }
 
-    /// For tests that make and take records by themselves; what came along with the handshake is still sealed.
-    #[cfg(test)]
-    pub(super) fn into_parts(self) -> (T, Sealer, Opener, BytesMut) {
+    /// For those who make and take records by themselves; what came along with the handshake is still sealed.
+    pub(crate) fn into_parts(self) -> (T, Sealer, Opener, BytesMut) {
         (self.io, self.sealer, self.opener, self.incoming)
     }
 

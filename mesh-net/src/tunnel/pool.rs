@@ -17,8 +17,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use h2::{Reason, client::SendRequest};
 use http::StatusCode;
 use mesh_core::{
     flag::Flag,
@@ -31,12 +29,13 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{
     Dial, DialError, Phase, TunnelStream,
-    dial::{baggage, establish, h2_failure, keepalive, request, told_flag, within},
+    dial::{baggage, establish, keepalive, mux_failure, request, told_flag, within},
 };
 use crate::{
     BoxFuture,
     drain::Draining,
     identity::{CertificateManager, WorkloadCertificate},
+    mux::{self, Event, Failure as Broken, Handle, Reason},
     task::TaskGroup,
     tls::TlsError,
 };
@@ -100,7 +99,7 @@ impl Slot {
 
 /// One connection.
 struct Link {
-    request: SendRequest<Bytes>,
+    handle: Handle,
     peer: Identity,
     /// The peer has answered a CONNECT.
     answered: AtomicBool,
@@ -118,7 +117,7 @@ impl Link {
     fn reserve(self: &Arc<Self>) -> Option<Reservation> {
         // A peer that permits none gets the first stream to wait for its leave, within its deadline: taking the
         // connection for full would dial another one at once, and so on for ever.
-        let limit = TUNNEL_STREAMS.min(self.request.current_max_send_streams()).max(1);
+        let limit = TUNNEL_STREAMS.min(self.handle.permitted()).max(1);
         let mut state = self.state.lock();
         if state.retired || state.open >= limit {
             state.retired = true;
@@ -301,7 +300,7 @@ async fn attempt(
     certificate: Arc<WorkloadCertificate>,
     outcome: watch::Sender<Outcome>,
 ) {
-    let (request, mut connection, peer) = match establish(&dial, &certificate).await {
+    let (handle, mut connection, peer) = match establish(&dial, &certificate).await {
         Ok(made) => made,
         Err(error) => {
             inner.failed(&key, &error);
@@ -311,17 +310,18 @@ async fn attempt(
     };
     drop((dial, certificate));
     let state = LinkState { open: 0, retired: false, idle_since: Instant::now() };
-    let link = Arc::new(Link { request, peer, answered: AtomicBool::new(false), state: Mutex::new(state) });
+    let link = Arc::new(Link { handle, peer, answered: AtomicBool::new(false), state: Mutex::new(state) });
     let weak = Arc::downgrade(&link);
-    let pings = connection.ping_pong();
+    let pings = connection.pings();
     inner.connected(&key, link);
     outcome.send_replace(Some(Ok(())));
     let draining = inner.draining.clone();
     let alive = keepalive(pings, || inner.close_if_idle(&key, &weak));
     tokio::select! {
-        ended = connection => {
-            if let Err(error) = ended {
-                tracing::debug!(peer = %key.dial, %error, "tunnel ended");
+        biased;
+        ended = connection.next() => {
+            if let Event::End(cause) = ended {
+                tracing::debug!(peer = %key.dial, %cause, "tunnel ended");
             }
         }
         () = alive => tracing::debug!(peer = %key.dial, "tunnel ended: no answer to PING"),
@@ -347,28 +347,28 @@ fn refused_in_tls(link: &Link, failure: Failure) -> Failure {
 
 async fn open_on(reservation: Reservation, dial: &Dial) -> Result<TunnelStream, Failure> {
     let request = request(&dial.authority, &dial.headers).map_err(Failure::Final)?;
-    let ready = within(Phase::Answer, ANSWER, reservation.link.request.clone().ready());
-    let mut sender = ready
+    let block = mux::connect(&request);
+    let opening = within(Phase::Answer, ANSWER, reservation.link.handle.open(&block));
+    let stream = opening
         .await
         .map_err(Failure::Final)?
-        .map_err(|error| Failure::Unusable(h2_failure(Phase::Answer, &error)))?;
-    let (answer, send) = sender
-        .send_request(request, false)
-        .map_err(|error| Failure::Unusable(h2_failure(Phase::Answer, &error)))?;
+        .map_err(|failure| Failure::Unusable(mux_failure(Phase::Answer, &failure)))?;
+    let answer = std::future::poll_fn(|cx| stream.poll_answer(cx));
     let answer = within(Phase::Answer, ANSWER, answer).await.map_err(Failure::Final)?;
-    let answer = answer.map_err(|error| {
-        let not_acted_on = error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM);
-        let failure = h2_failure(Phase::Answer, &error);
-        if not_acted_on { Failure::Unusable(failure) } else { Failure::Final(failure) }
+    let head = answer.map_err(|error| {
+        let failure = mux_failure(Phase::Answer, &error);
+        match error {
+            Broken::GoAway | Broken::Reset(Reason::REFUSED_STREAM) => Failure::Unusable(failure),
+            _ => Failure::Final(failure),
+        }
     })?;
     reservation.link.answered.store(true, Ordering::Relaxed);
-    let (head, recv) = answer.into_parts();
-    if head.status != StatusCode::OK {
+    if head.status != Some(StatusCode::OK.as_u16()) {
         let flag = told_flag(&head.headers);
-        return Err(Failure::Final(DialError::Status { status: head.status.as_u16(), flag }));
+        return Err(Failure::Final(DialError::Status { status: head.status.unwrap_or(0), flag }));
     }
     let peer = reservation.link.peer.clone();
-    Ok(TunnelStream::new(send, recv, peer, baggage(&head.headers), Some(reservation)))
+    Ok(TunnelStream::new(stream, peer, baggage(&head.headers), Some(reservation)))
 }
 
 impl Inner {

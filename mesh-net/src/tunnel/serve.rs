@@ -6,19 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use bytes::Bytes;
-use h2::{
-    Reason, RecvStream,
-    server::{Builder, Connection, SendResponse},
-};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use mesh_core::{
     flag::Flag,
     id::Identity,
-    limits::{
-        CONNECTION_WINDOW_BYTES, FRAME_BYTES, H2_HANDSHAKE, HEADER_LIST_BYTES, STREAM_WINDOW_BYTES,
-        TLS_HANDSHAKE, TUNNEL_STREAMS,
-    },
+    limits::{H2_HANDSHAKE, TLS_HANDSHAKE},
     tunnel::CLIENT_HEADER,
 };
 use parking_lot::Mutex;
@@ -30,16 +22,14 @@ use tokio::{
 
 use super::{
     FLAG_HEADER, TunnelHeaders, TunnelStream,
-    dial::{ERROR_RESETS, RESET_STREAMS, SEND_BUFFER_BYTES, SMALL_FRAME_BUDGET_BYTES, baggage, keepalive},
+    dial::{baggage, keepalive},
 };
 use crate::{
     drain::Draining,
+    mux::{self, Connection, Event, Head, Request, Stream},
     task::TaskGroup,
-    tls::{ServerTls, TlsError, TlsStream},
+    tls::{ServerTls, TlsError},
 };
-
-/// Streams that a peer may open at once: twice what our own client uses (`wire-protocol.md` H31).
-const STREAMS: usize = 2 * TUNNEL_STREAMS;
 
 /// Bounds handshakes that run at the same time, in all and per source address (T-29).
 #[derive(Clone, Debug)]
@@ -171,8 +161,7 @@ pub struct Incoming {
     pub peer: Identity,
     /// Where the connection comes from.
     pub peer_addr: SocketAddr,
-    respond: SendResponse<Bytes>,
-    recv: RecvStream,
+    stream: Stream,
 }
 
 impl Incoming {
@@ -180,27 +169,27 @@ impl Incoming {
     ///
     /// # Errors
     /// The stream or its connection is gone, or the baggage cannot be sent.
-    pub fn accept(mut self, baggage: Option<&str>) -> std::io::Result<TunnelStream> {
-        let mut response = Response::new(());
+    pub fn accept(self, baggage: Option<&str>) -> std::io::Result<TunnelStream> {
+        let mut headers = HeaderMap::new();
         if let Some(baggage) = baggage {
-            let value = HeaderValue::from_str(baggage).map_err(std::io::Error::other)?;
-            response.headers_mut().insert("baggage", value);
+            headers.insert("baggage", HeaderValue::from_str(baggage).map_err(std::io::Error::other)?);
         }
-        let send = self.respond.send_response(response, false).map_err(std::io::Error::other)?;
-        Ok(TunnelStream::new(send, self.recv, self.peer, None, None))
+        let block = mux::answer(StatusCode::OK, &headers);
+        self.stream.answer(&block, false).map_err(std::io::Error::other)?;
+        Ok(TunnelStream::new(self.stream, self.peer, None, None))
     }
 
     /// Answers `status` and tells `flag`.
-    pub fn refuse(mut self, status: u16, flag: Flag) {
-        refuse(&mut self.respond, status, flag);
+    pub fn refuse(self, status: u16, flag: Flag) {
+        refuse(&self.stream, status, flag);
     }
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, status: u16, flag: Flag) {
-    let mut response = Response::new(());
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-    response.headers_mut().insert(FLAG_HEADER, HeaderValue::from_static(flag.code()));
-    if let Err(error) = respond.send_response(response, true) {
+fn refuse(stream: &Stream, status: u16, flag: Flag) {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let mut headers = HeaderMap::new();
+    headers.insert(FLAG_HEADER, HeaderValue::from_static(flag.code()));
+    if let Err(error) = stream.answer(&mux::answer(status, &headers), true) {
         tracing::debug!(%error, "a refusal could not be sent");
     }
 }
@@ -227,91 +216,71 @@ where
     Ended::Closed { peer, streams }
 }
 
-type ServerConnection<T> = Connection<TlsStream<T>, Bytes>;
-
-async fn establish<T>(io: T, tls: &ServerTls) -> Result<(ServerConnection<T>, Identity), Ended>
+async fn establish<T>(io: T, tls: &ServerTls) -> Result<(Connection, Identity), Ended>
 where
-    T: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let begin = Instant::now();
     let (tls, peer) = tokio::time::timeout_at(begin + TLS_HANDSHAKE, tls.accept(io))
         .await
         .map_err(|_| Ended::Deadline)?
         .map_err(Ended::Tls)?;
-    let handshake = Builder::new()
-        .initial_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES)
-        .max_header_list_size(HEADER_LIST_BYTES)
-        .max_concurrent_streams(u32::try_from(STREAMS).unwrap_or(u32::MAX))
-        .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .max_concurrent_reset_streams(RESET_STREAMS)
-        .max_pending_accept_reset_streams(RESET_STREAMS)
-        .max_local_error_reset_streams(Some(ERROR_RESETS))
-        .data_frame_budget(SMALL_FRAME_BUDGET_BYTES)
-        .handshake::<_, Bytes>(tls);
-    let connection = tokio::time::timeout(H2_HANDSHAKE, handshake)
+    let connection = tokio::time::timeout(H2_HANDSHAKE, mux::server(tls))
         .await
         .map_err(|_| Ended::Deadline)?
-        .map_err(|error| Ended::H2(error.to_string()))?;
+        .map_err(|cause| Ended::H2(cause.to_string()))?;
     Ok((connection, peer))
 }
 
-enum Event<S> {
+enum Turn {
     Forced,
     Drain,
     PeerLost,
-    Stream(S),
+    Peer(Event),
 }
 
-async fn streams<T, H, F>(
-    mut connection: ServerConnection<T>,
+async fn streams<H, F>(
+    mut connection: Connection,
     peer: &Identity,
     peer_addr: SocketAddr,
     cx: &Serving,
     handler: H,
 ) -> u64
 where
-    T: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut alive = std::pin::pin!(keepalive(connection.ping_pong(), || ()));
+    let mut alive = std::pin::pin!(keepalive(connection.pings(), || ()));
     let (mut leaving, mut count) = (false, 0);
     loop {
-        let event = tokio::select! {
+        let turn = tokio::select! {
             biased;
-            () = cx.draining.forced() => Event::Forced,
-            () = cx.draining.started(), if !leaving => Event::Drain,
-            () = &mut alive => Event::PeerLost,
-            got = connection.accept() => Event::Stream(got),
+            () = cx.draining.forced() => Turn::Forced,
+            () = cx.draining.started(), if !leaving => Turn::Drain,
+            () = &mut alive => Turn::PeerLost,
+            event = connection.next() => Turn::Peer(event),
         };
-        match event {
-            Event::Drain => {
+        match turn {
+            Turn::Drain => {
                 leaving = true;
-                connection.graceful_shutdown();
+                connection.drain();
             }
-            Event::Forced | Event::PeerLost => {
-                connection.abrupt_shutdown(Reason::NO_ERROR);
-                // Let the GOAWAY out; the peer may not be reading.
-                let goodbye = std::future::poll_fn(|cx| connection.poll_closed(cx));
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(100), goodbye).await;
+            Turn::Forced | Turn::PeerLost => {
+                connection.abort().await;
                 return count;
             }
-            Event::Stream(None) => return count,
-            Event::Stream(Some(Err(error))) => {
-                tracing::debug!(peer = %peer_addr, %error, "tunnel ended");
+            Turn::Peer(Event::End(cause)) => {
+                tracing::debug!(peer = %peer_addr, %cause, "tunnel ended");
                 return count;
             }
-            Event::Stream(Some(Ok((request, mut respond)))) => {
+            Turn::Peer(Event::Request(Request { head, stream })) => {
                 count += 1;
-                match read(request) {
-                    Ok((authority, headers, recv)) => {
+                match read(&head) {
+                    Ok((authority, headers)) => {
                         let peer = peer.clone();
-                        let incoming = Incoming { authority, headers, peer, peer_addr, respond, recv };
-                        cx.tasks.spawn(handler(incoming));
+                        cx.tasks.spawn(handler(Incoming { authority, headers, peer, peer_addr, stream }));
                     }
-                    Err(()) => refuse(&mut respond, 400, Flag::MalformedRequest),
+                    Err(()) => refuse(&stream, 400, Flag::MalformedRequest),
                 }
             }
         }
@@ -319,13 +288,12 @@ where
 }
 
 /// A CONNECT as we understand it.
-fn read(request: Request<RecvStream>) -> Result<(String, TunnelHeaders, RecvStream), ()> {
-    let (head, recv) = request.into_parts();
-    let extended = head.extensions.get::<h2::ext::Protocol>().is_some();
-    if head.method != Method::CONNECT || extended {
+fn read(head: &Head) -> Result<(String, TunnelHeaders), ()> {
+    if head.method.as_deref() != Some("CONNECT") || head.extended {
         return Err(());
     }
-    let authority = head.uri.authority().ok_or(())?.as_str().to_owned();
+    let authority: http::uri::Authority = head.authority.as_deref().ok_or(())?.parse().map_err(|_| ())?;
+    let authority = authority.as_str().to_owned();
     let forwarded = match head.headers.get("forwarded") {
         // A hint for telemetry: what is no text is as good as absent.
         Some(value) => value.to_str().ok().map(ToOwned::to_owned),
@@ -341,5 +309,5 @@ fn read(request: Request<RecvStream>) -> Result<(String, TunnelHeaders, RecvStre
         // Two claims: which one would be believed?
         (Some(_), Some(_)) => return Err(()),
     };
-    Ok((authority, TunnelHeaders { baggage: baggage(&head.headers), forwarded, client_claim }, recv))
+    Ok((authority, TunnelHeaders { baggage: baggage(&head.headers), forwarded, client_claim }))
 }

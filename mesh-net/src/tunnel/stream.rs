@@ -7,17 +7,18 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use h2::{Reason, RecvStream, SendStream};
 use mesh_core::id::Identity;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::pool::Reservation;
-use crate::copy::{Endpoint, Reader};
+use crate::{
+    copy::{Endpoint, Reader},
+    mux::{Cause, Failure, Reason, Stream},
+};
 
 /// A byte stream inside a tunnel. Shutdown is a half-close; dropping it unfinished cancels the stream.
 pub struct TunnelStream {
-    send: SendStream<Bytes>,
-    recv: RecvStream,
+    stream: Stream,
     /// Handed to the reader, not yet given back to the peer's window: a reader that stalls pushes back.
     unreleased: usize,
     leftover: Bytes,
@@ -36,15 +37,13 @@ impl std::fmt::Debug for TunnelStream {
 
 impl TunnelStream {
     pub(super) fn new(
-        send: SendStream<Bytes>,
-        recv: RecvStream,
+        stream: Stream,
         peer: Identity,
         baggage: Option<String>,
         reservation: Option<Reservation>,
     ) -> Self {
         Self {
-            send,
-            recv,
+            stream,
             unreleased: 0,
             leftover: Bytes::new(),
             finished: false,
@@ -65,8 +64,8 @@ impl TunnelStream {
     }
 
     /// Ends the stream at once in both directions: the peer sees the end of the stream.
-    pub fn cancel(mut self) {
-        self.send.send_reset(Reason::CANCEL);
+    pub fn cancel(self) {
+        self.stream.reset(Reason::CANCEL);
     }
 
     fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -74,60 +73,36 @@ impl TunnelStream {
             return Poll::Ready(Ok(std::mem::take(&mut self.leftover)));
         }
         if self.unreleased > 0 {
-            let size = std::mem::take(&mut self.unreleased);
-            // Fails only on a stream that is gone already.
-            let _ = self.recv.flow_control().release_capacity(size);
+            self.stream.release(std::mem::take(&mut self.unreleased));
         }
-        loop {
-            return Poll::Ready(match ready!(self.recv.poll_data(cx)) {
-                None => Ok(Bytes::new()),
-                Some(Ok(chunk)) if chunk.is_empty() => continue,
-                Some(Ok(chunk)) => {
-                    self.unreleased = chunk.len();
-                    Ok(chunk)
-                }
-                // H27: a peer that has nothing more to say may say it by a reset.
-                Some(Err(error)) => match error.reason() {
-                    Some(Reason::NO_ERROR | Reason::CANCEL) => Ok(Bytes::new()),
-                    _ => Err(io_error(error)),
-                },
-            });
-        }
-    }
-
-    fn poll_take(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {
-        self.send.reserve_capacity(chunk.len());
-        let mut room = self.send.capacity();
-        while room == 0 {
-            room = match ready!(self.send.poll_capacity(cx)) {
-                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
-                Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
-                Some(Ok(room)) => room,
-            };
-        }
-        let part = chunk.split_to(room.min(chunk.len()));
-        Poll::Ready(self.send.send_data(part, false).map_err(io_error))
+        Poll::Ready(match ready!(self.stream.poll_data(cx)) {
+            Ok(chunk) => {
+                self.unreleased = chunk.len();
+                Ok(chunk)
+            }
+            // H27: a peer that has nothing more to say may say it by a reset.
+            Err(Failure::Reset(Reason::NO_ERROR | Reason::CANCEL)) => Ok(Bytes::new()),
+            Err(failure) => Err(io_error(failure)),
+        })
     }
 
     fn finish(&mut self) -> io::Result<()> {
         if std::mem::replace(&mut self.finished, true) {
             return Ok(());
         }
-        self.send.send_data(Bytes::new(), true).map_err(io_error)
+        self.stream.finish().map_err(io_error)
     }
 }
 
 /// What a broken stream means to whoever copies: a reset of one stream or the loss of the connection is the peer
 /// closing; the rest is a fault.
-fn io_error(error: h2::Error) -> io::Error {
-    match error.reason() {
-        Some(Reason::STREAM_CLOSED | Reason::NO_ERROR | Reason::CANCEL) => {
-            io::Error::new(io::ErrorKind::BrokenPipe, error)
-        }
-        Some(_) => io::Error::other(error),
-        None if error.is_io() => error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-        // Sending on a stream that the peer has closed is a user error to h2.
-        None => io::Error::new(io::ErrorKind::BrokenPipe, error),
+fn io_error(failure: Failure) -> io::Error {
+    match &failure {
+        Failure::Reset(Reason::STREAM_CLOSED | Reason::NO_ERROR | Reason::CANCEL)
+        | Failure::GoAway
+        | Failure::Lost(Cause::Closed | Cause::Peer(_)) => io::Error::new(io::ErrorKind::BrokenPipe, failure),
+        Failure::Reset(_) | Failure::Lost(Cause::Broken(_)) => io::Error::other(failure),
+        Failure::Lost(Cause::Io(error)) => io::Error::new(error.kind(), error.to_string()),
     }
 }
 
@@ -137,7 +112,9 @@ impl Endpoint for TunnelStream {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {
-        self.poll_take(cx, chunk)
+        let size = ready!(self.stream.poll_send(cx, chunk)).map_err(io_error)?;
+        chunk.advance(size);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_flush_out(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -165,23 +142,11 @@ impl AsyncRead for TunnelStream {
 }
 
 impl AsyncWrite for TunnelStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         if buf.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        // Copy only what the window takes now.
-        self.send.reserve_capacity(buf.len());
-        let mut room = self.send.capacity();
-        while room == 0 {
-            room = match ready!(self.send.poll_capacity(cx)) {
-                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
-                Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
-                Some(Ok(room)) => room,
-            };
-        }
-        let n = room.min(buf.len());
-        self.send.send_data(Bytes::copy_from_slice(&buf[..n]), false).map_err(io_error)?;
-        Poll::Ready(Ok(n))
+        self.stream.poll_send(cx, buf).map_err(io_error)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
