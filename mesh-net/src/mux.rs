@@ -75,9 +75,6 @@ pub enum Cause {
     /// The peer broke the protocol.
     #[error("{}: {}", .0.reason, .0.what)]
     Broken(Broken),
-    /// The peer says that we did.
-    #[error("the peer went away: {0}")]
-    Peer(Reason),
     /// All is done, or we gave up.
     #[error("the connection is closed")]
     Closed,
@@ -328,3 +325,6 @@ impl Shared {
         self.out.lock().give_up(Arc::new(io::ErrorKind::BrokenPipe.into()));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,12 +25,12 @@ const GOODBYE: Duration = Duration::from_millis(100);
 /// A connection, to be driven by one task: dropped, it ends, with all its streams.
 pub struct Connection {
     reader: Reader,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// Opens streams. When it is dropped, the connection ends with its last stream.
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// Asks the peer whether it is there.

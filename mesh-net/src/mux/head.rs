@@ -55,6 +55,7 @@ impl Head {
     pub fn is_request(&self) -> bool {
         let (scheme, path) = self.target;
         match self.method.as_deref() {
+            _ if self.status.is_some() => false,
             Some("CONNECT") if !self.extended => self.authority.is_some() && !scheme && !path,
             Some(_) => scheme && path,
             None => false,

@@ -60,7 +60,7 @@ pub struct Out {
     replies: (usize, usize),
     /// An answer to the peer's wish for a new key is under way; it stands for all wishes until it is out.
     rekeyed: bool,
-    /// Nothing was sealed since the reader last ran dry.
+    /// No stream has sent anything since the reader last ran dry. PINGs and their answers do not count.
     quiet: bool,
     /// The first block has said that no table is used.
     declared: bool,
@@ -118,6 +118,7 @@ impl Out {
     /// Seals a block of headers.
     pub fn headers(&mut self, stream: u32, block: &[u8], end: bool) -> Result<(), RecordError> {
         let mut frames = Vec::with_capacity(block.len() + 2 * frame::HEAD_BYTES);
+        self.quiet = false;
         if std::mem::replace(&mut self.declared, true) {
             frame::headers(stream, block, (end, self.frame), &mut frames);
         } else {
@@ -129,7 +130,6 @@ impl Out {
 
     /// Seals frames that are written already.
     pub fn control(&mut self, frames: &[u8]) -> Result<(), RecordError> {
-        self.quiet = false;
         self.sealer.seal(&[frames], &mut self.sealed)
     }
 
@@ -215,15 +215,21 @@ impl Out {
     }
 
     /// The writer comes back, unless the socket was given up meanwhile.
-    fn put_back(&mut self, writer: Writer) {
+    pub(super) fn put_back(&mut self, writer: Writer) {
         if self.gone.is_none() {
             self.writer = Some(writer);
         }
     }
 
+    /// As somebody does who is at the socket.
     #[cfg(test)]
-    pub(super) fn held(&self) -> usize {
-        self.sealed.len() + self.writer.as_ref().map_or(0, |writer| writer.sealed.len())
+    pub(super) fn take_writer(&mut self) -> Option<Writer> {
+        self.writer.take()
+    }
+
+    #[cfg(test)]
+    pub(super) fn capacity(&self) -> usize {
+        self.sealed.capacity() + self.writer.as_ref().map_or(0, |writer| writer.sealed.capacity())
     }
 }
 

@@ -107,7 +107,7 @@ impl Reader {
                 return Poll::Ready(Err(self.fail(cause)));
             }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(self.flush().map_err(|broken| self.fail(Cause::Broken(broken))))
     }
 
     /// Goes on until something happens. To be polled all the time, whatever is done with what happens.

@@ -52,6 +52,11 @@ impl Outgoing {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn capacity(&self) -> usize {
+        self.buffer.capacity()
+    }
+
     /// Gives the memory back if nothing waits.
     pub fn release(&mut self) {
         if self.is_empty() {

@@ -100,7 +100,7 @@ fn io_error(failure: Failure) -> io::Error {
     match &failure {
         Failure::Reset(Reason::STREAM_CLOSED | Reason::NO_ERROR | Reason::CANCEL)
         | Failure::GoAway
-        | Failure::Lost(Cause::Closed | Cause::Peer(_)) => io::Error::new(io::ErrorKind::BrokenPipe, failure),
+        | Failure::Lost(Cause::Closed) => io::Error::new(io::ErrorKind::BrokenPipe, failure),
         Failure::Reset(_) | Failure::Lost(Cause::Broken(_)) => io::Error::other(failure),
         Failure::Lost(Cause::Io(error)) => io::Error::new(error.kind(), error.to_string()),
     }

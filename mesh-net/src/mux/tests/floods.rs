@@ -1,0 +1,176 @@
+//! Peers that make work: each is cut, or held to its bounds.
+
+use std::sync::atomic::AtomicUsize;
+
+use super::*;
+
+/// Repeats `bytes` and reads nothing until the connection is gone.
+async fn unread(bytes: Vec<u8>) -> Cause {
+    let (mut raw, tasks, ended) = Raw::client(echoing).await;
+    let flood = async {
+        let many = bytes.repeat((16 << 10) / bytes.len() + 1);
+        while raw.try_write(&many).await.is_ok() {}
+    };
+    tokio::select! {
+        cause = tokio::time::timeout(LONG, ended) => {
+            assert_eq!(tasks.panics(), 0);
+            cause.expect("the flood is cut").unwrap()
+        }
+        () = async { flood.await; std::future::pending().await } => unreachable!()
+    }
+}
+
+#[tokio::test]
+async fn answers_that_are_not_read_and_frames_that_bring_nothing_end_the_connection() {
+    for bytes in [
+        framed(kind::PING, 0, 0, &[1; 8]),
+        framed(kind::PING, flags::ACK, 0, &[1; 8]),
+        framed(kind::SETTINGS, 0, 0, &[]),
+        framed(kind::SETTINGS, 0, 0, &[0, 4, 0, 0, 0xff, 0xff]),
+        framed(kind::PRIORITY, 0, 1, &[0; 5]),
+        framed(0xbb, 0, 0, &[]),
+    ] {
+        let cause = unread(bytes.clone()).await;
+        let calm = matches!(cause, Cause::Broken(Broken { reason: Reason::ENHANCE_YOUR_CALM, .. }));
+        assert!(calm, "{bytes:?}: {cause}");
+    }
+}
+
+/// PINGs whose answers are read end it as well, once they are too many.
+#[tokio::test]
+async fn empty_data_and_continuations_without_end_are_cut() {
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    raw.connect(1, false).await;
+    raw.until(|frame| matches!(frame, Frame::Headers { .. })).await;
+    raw.write(&framed(kind::DATA, 0, 1, &[]).repeat(12_000)).await;
+    assert_eq!(raw.goes_away().await.1, Reason::ENHANCE_YOUR_CALM);
+
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    raw.frame(kind::HEADERS, 0, 1, &connect_block()).await;
+    raw.write(&framed(kind::CONTINUATION, 0, 1, &[]).repeat(20)).await;
+    assert_eq!(raw.goes_away().await.1, Reason::ENHANCE_YOUR_CALM);
+
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    raw.frame(kind::HEADERS, 0, 1, &vec![0; 20 << 10]).await;
+    raw.frame(kind::CONTINUATION, 0, 1, &vec![0; 20 << 10]).await;
+    assert_eq!(raw.goes_away().await.1, Reason::ENHANCE_YOUR_CALM);
+}
+
+#[tokio::test]
+async fn streams_opened_to_be_reset_are_counted() {
+    let handled = Arc::new(AtomicUsize::new(0));
+    let count = handled.clone();
+    let (mut raw, _tasks, _ended) = Raw::client(move |stream| {
+        count.fetch_add(1, Ordering::SeqCst);
+        // Holds its stream as an application that is slow to connect to does.
+        async move {
+            tokio::time::sleep(LONG).await;
+            drop(stream);
+        }
+    })
+    .await;
+    for stream in (1..2000).step_by(2) {
+        raw.connect(stream, false).await;
+        raw.frame(kind::RST_STREAM, 0, stream, &[0, 0, 0, 8]).await;
+    }
+    assert_eq!(raw.goes_away().await.1, Reason::ENHANCE_YOUR_CALM);
+    assert!(handled.load(Ordering::SeqCst) <= HELD_STREAMS);
+}
+
+#[tokio::test]
+async fn one_stream_too_many_is_refused_and_no_more() {
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    let last = u32::try_from(2 * STREAMS + 1).unwrap();
+    for stream in (1..=last).step_by(2) {
+        raw.connect(stream, false).await;
+    }
+    raw.until(is_reset(last, Reason::REFUSED_STREAM)).await;
+    // Late bytes on it mean nothing; a place that gets free is given again.
+    raw.frame(kind::DATA, 0, last, b"late").await;
+    raw.frame(kind::DATA, flags::END_STREAM, 1, b"x").await;
+    raw.until(|frame| matches!(frame, Frame::Data(data) if data.stream == 1 && data.end)).await;
+    raw.connect(last + 2, false).await;
+    raw.until(|frame| matches!(frame, Frame::Headers { stream, .. } if *stream == last + 2)).await;
+}
+
+#[tokio::test]
+async fn a_list_of_headers_that_is_too_long_is_answered_431() {
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    let mut block = connect_block();
+    let mut kept = Encoder::default().literal(b"x", &[b'a'; 3000]).finish();
+    kept[0] = 0x40;
+    block.extend(kept);
+    block.extend([0xbe; 100]);
+    raw.frame(kind::HEADERS, flags::END_HEADERS, 1, &block).await;
+    let frame = raw.until(|frame| matches!(frame, Frame::Headers { stream: 1, .. })).await;
+    let Frame::Headers { block, end: true, .. } = frame else { panic!("{frame:?}") };
+    let read = head::read(&mut hpack::Decoder::default(), &block, 1000).unwrap();
+    assert!(matches!(read, head::Block::Head(head) if head.status == Some(431)));
+    raw.until(is_reset(1, Reason::NO_ERROR)).await;
+    // The table was kept in step.
+    raw.frame(kind::HEADERS, flags::END_HEADERS, 3, &[&connect_block()[..], &[0xbe]].concat()).await;
+    raw.until(|frame| matches!(frame, Frame::Headers { stream: 3, end: false, .. })).await;
+}
+
+/// A byte at a time for a reader that stalls costs about a byte at a time.
+#[tokio::test]
+async fn small_frames_for_a_stalled_reader_are_put_together() {
+    let (sender, mut streams) = tokio::sync::mpsc::channel(1);
+    let (mut raw, _tasks, _ended) = Raw::client(move |stream| {
+        let sender = sender.clone();
+        async move { drop(sender.send(stream).await) }
+    })
+    .await;
+    raw.connect(1, false).await;
+    let stream = streams.recv().await.unwrap();
+    for _ in 0..100 {
+        raw.write(&framed(kind::DATA, 0, 1, b"x").repeat(1000)).await;
+    }
+    raw.settle().await;
+    let mut chunks = Vec::new();
+    while let Some(chunk) = stream.more_data() {
+        chunks.push(chunk);
+    }
+    assert_eq!(chunks.iter().map(Bytes::len).sum::<usize>(), 100_000);
+    assert!(chunks.len() < 10, "{}", chunks.len());
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(300))]
+
+    /// The frames need not make sense; nothing panics, and nothing hangs.
+    #[test]
+    fn garbage_never_panics(
+        frames in proptest::collection::vec(
+            (0u8..11, 0u8.., 0u32..12, proptest::collection::vec(0u8.., 0..40)),
+            0..40,
+        ),
+        noise in proptest::collection::vec(0u8.., 0..64),
+        role in 0u8..2,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut bytes: Vec<u8> =
+                frames.iter().flat_map(|(kind, flags, stream, payload)| framed(*kind, *flags, *stream, payload)).collect();
+            bytes.extend(&noise);
+            if role == 0 {
+                let (mut raw, tasks, ended) = Raw::client(echoing).await;
+                raw.connect(1, false).await;
+                raw.write(&bytes).await;
+                drop(raw);
+                tokio::time::timeout(LONG, ended).await.unwrap().unwrap();
+                assert_eq!(tasks.panics(), 0);
+            } else {
+                let (mut raw, handle, tasks, ended) = Raw::server().await;
+                let streams = [handle.open(&connect_block()).await, handle.open(&connect_block()).await];
+                raw.write(&bytes).await;
+                drop(raw);
+                tokio::time::timeout(LONG, ended).await.unwrap().unwrap();
+                for stream in streams.into_iter().flatten() {
+                    while data(&stream).await.is_ok_and(|bytes| !bytes.is_empty()) {}
+                }
+                assert_eq!(tasks.panics(), 0);
+            }
+        });
+    }
+}
