@@ -15,6 +15,8 @@ mod mutate;
 mod connect_head;
 #[path = "../fuzz_targets/csr.rs"]
 mod csr;
+#[path = "../fuzz_targets/frames.rs"]
+mod frames;
 #[path = "../fuzz_targets/http_framing.rs"]
 mod http_framing;
 #[path = "../fuzz_targets/records.rs"]
@@ -41,6 +43,7 @@ pub struct Target {
 const TARGETS: &[Target] = &[
     connect_head::TARGET,
     csr::TARGET,
+    frames::TARGET,
     http_framing::TARGET,
     records::TARGET,
     spiffe_san::TARGET,

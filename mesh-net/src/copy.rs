@@ -4,7 +4,8 @@
 //! that HTTP/2 received. An idle connection holds no buffer; a busy one grows it up to [`LARGEST_READ_BYTES`].
 
 use std::{
-    io,
+    collections::VecDeque,
+    io::{self, IoSlice},
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
@@ -22,6 +23,8 @@ use tokio::{
 const FIRST_READ_BYTES: usize = 8 << 10;
 /// Largest read: four records' worth per system call beyond [`COPY_BUFFER_BYTES`], still inside a core's cache.
 pub const LARGEST_READ_BYTES: usize = 4 * COPY_BUFFER_BYTES;
+/// Slices of one write: as many records as are in the largest read.
+const SLICES: usize = 16;
 /// A direction gives way to the other and to other tasks after this many bytes.
 const TURN_BYTES: usize = 1 << 20;
 
@@ -145,13 +148,91 @@ impl Reader {
     }
 }
 
+/// Bytes on their way from one end to the other, in the slices they came in.
+#[derive(Debug, Default)]
+pub struct Chunks {
+    first: Bytes,
+    more: VecDeque<Bytes>,
+    size: usize,
+}
+
+impl Chunks {
+    fn is_empty(&self) -> bool {
+        self.size == 0
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        self.size += chunk.len();
+        if self.first.is_empty() {
+            self.first = chunk;
+        } else {
+            self.more.push_back(chunk);
+        }
+    }
+
+    /// Nothing waits any more, in no memory.
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// The first one; not empty as long as there are any.
+    pub fn first(&mut self) -> &mut Bytes {
+        &mut self.first
+    }
+
+    /// The first ones for one system call.
+    fn slices(&self) -> [IoSlice<'_>; SLICES] {
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let all = std::iter::once(&self.first).chain(&self.more);
+        for (slice, chunk) in slices.iter_mut().zip(all) {
+            *slice = IoSlice::new(chunk);
+        }
+        slices
+    }
+
+    /// The first `size` bytes are gone.
+    fn advance(&mut self, mut size: usize) {
+        loop {
+            let here = size.min(self.first.len());
+            self.first.advance(here);
+            size -= here;
+            self.settle();
+            if size == 0 || self.first.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// To be called after bytes of the first one were taken.
+    fn settle(&mut self) {
+        if self.first.is_empty()
+            && let Some(next) = self.more.pop_front()
+        {
+            self.first = next;
+        }
+        self.size = self.first.len() + self.more.iter().map(Bytes::len).sum::<usize>();
+    }
+}
+
 /// One end of a copy.
 pub trait Endpoint: Send + Unpin {
     /// The next bytes; an empty chunk is the end. `reader` keeps buffers between calls for ends that need one.
     fn poll_chunk(&mut self, cx: &mut Context<'_>, reader: &mut Reader) -> Poll<io::Result<Bytes>>;
 
+    /// More bytes that are here already; never empty.
+    fn more(&mut self) -> Option<Bytes> {
+        None
+    }
+
     /// Takes at least one byte from the front of `chunk`, which is not empty.
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>>;
+
+    /// Takes at least one byte from the front of `chunks`, which are not empty.
+    fn poll_send_all(&mut self, cx: &mut Context<'_>, chunks: &mut Chunks) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx, chunks.first()))?;
+        chunks.settle();
+        Poll::Ready(Ok(()))
+    }
 
     /// Pushes out what was taken.
     fn poll_flush_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
@@ -186,6 +267,17 @@ impl Endpoint for TcpStream {
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {
         let written = ready!(Pin::new(self).poll_write(cx, chunk))?;
         chunk.advance(written);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send_all(&mut self, cx: &mut Context<'_>, chunks: &mut Chunks) -> Poll<io::Result<()>> {
+        if chunks.more.is_empty() {
+            ready!(self.poll_send(cx, &mut chunks.first))?;
+            chunks.settle();
+            return Poll::Ready(Ok(()));
+        }
+        let written = ready!(Pin::new(self).poll_write_vectored(cx, &chunks.slices()))?;
+        chunks.advance(written);
         Poll::Ready(Ok(()))
     }
 
@@ -275,7 +367,7 @@ pub async fn copy_bidirectional<A: Endpoint, B: Endpoint>(
 #[derive(Default)]
 struct Way {
     reader: Reader,
-    chunk: Bytes,
+    chunks: Chunks,
     unflushed: bool,
     stage: Stage,
 }
@@ -304,18 +396,22 @@ impl Way {
                     unless_reset(ready!(to.poll_finish(cx)))?;
                     self.done();
                 }
-                Stage::Carrying if self.chunk.is_empty() => {
+                Stage::Carrying if self.chunks.is_empty() => {
                     let got = ready!(self.next_chunk(cx, from, to));
                     self.read(got)?;
+                    while !self.chunks.is_empty() && self.chunks.size < LARGEST_READ_BYTES {
+                        let Some(more) = from.more() else { break };
+                        self.chunks.push(more);
+                    }
                 }
                 Stage::Carrying => {
-                    let before = self.chunk.len();
-                    if unless_reset(ready!(to.poll_send(cx, &mut self.chunk)))?.is_none() {
+                    let before = self.chunks.size;
+                    if unless_reset(ready!(to.poll_send_all(cx, &mut self.chunks)))?.is_none() {
                         self.done();
                         continue;
                     }
                     self.unflushed = true;
-                    let moved = before - self.chunk.len();
+                    let moved = before - self.chunks.size;
                     count(moved as u64);
                     turn += moved;
                     if turn >= TURN_BYTES {
@@ -335,6 +431,7 @@ impl Way {
     ) -> Poll<io::Result<Bytes>> {
         match from.poll_chunk(cx, &mut self.reader) {
             Poll::Pending => {
+                self.chunks.clear();
                 // Nothing more for now: what was handed over must not wait in a buffer.
                 if self.unflushed && to.poll_flush_out(cx).is_ready() {
                     self.unflushed = false;
@@ -347,7 +444,7 @@ impl Way {
 
     fn read(&mut self, got: io::Result<Bytes>) -> io::Result<()> {
         match unless_reset(got)? {
-            Some(chunk) if !chunk.is_empty() => self.chunk = chunk,
+            Some(chunk) if !chunk.is_empty() => self.chunks.push(chunk),
             _ => {
                 self.stage = Stage::Finishing;
                 self.reader.idle();
@@ -358,7 +455,7 @@ impl Way {
 
     fn done(&mut self) {
         self.stage = Stage::Done;
-        self.chunk = Bytes::new();
+        self.chunks.clear();
         self.reader.idle();
     }
 }

@@ -14,11 +14,14 @@ const ENTRY_BYTES: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
+/// Name and value of a header that the peer may mean again.
+type Entry = (Box<[u8]>, Box<[u8]>);
+
 /// Reads blocks of headers, in their order.
 #[derive(Debug)]
 pub struct Decoder {
     /// The newest first.
-    table: VecDeque<(Box<[u8]>, Box<[u8]>)>,
+    table: VecDeque<Entry>,
     used: usize,
     limit: usize,
     name: Vec<u8>,

@@ -47,7 +47,7 @@ pub struct Table {
     open: HashMap<u32, Arc<Core>>,
     /// The next stream of ours, or the last one of the peer.
     number: u32,
-    /// Heads that were reset by us while the peer may still send on them.
+    /// Reset by us, while the peer may still send on them.
     forgotten: VecDeque<u32>,
     /// Streams that somebody holds, open or not.
     pub held: usize,
@@ -135,7 +135,7 @@ impl Table {
 
     /// The peer opens `stream`, which is not open. Whether it is new, and not one of the past.
     pub fn is_new(&mut self, stream: u32) -> Result<bool, Broken> {
-        if self.role == Role::Client || stream % 2 == 0 {
+        if self.role == Role::Client || stream.is_multiple_of(2) {
             return Err(Broken::protocol("a stream that the peer may not open"));
         }
         if stream <= self.number {
@@ -158,11 +158,11 @@ impl Table {
         if self.forgotten.contains(&stream) {
             return Ok(Found::Late);
         }
-        let (ours, past) = match self.role {
-            Role::Client => (1, stream < self.number),
-            Role::Server => (1, stream <= self.number),
+        let past = match self.role {
+            Role::Client => stream < self.number,
+            Role::Server => stream <= self.number,
         };
-        match (stream % 2 == ours, past) {
+        match (!stream.is_multiple_of(2), past) {
             (true, true) => Ok(Found::Closed),
             (true, false) if self.role == Role::Server && self.stage == Stage::Leaving => Ok(Found::Late),
             _ => Err(Broken::protocol("a frame on an idle stream")),

@@ -3,6 +3,7 @@
 mod differential;
 mod floods;
 mod flow;
+mod pieces;
 mod protocol;
 mod wakes;
 

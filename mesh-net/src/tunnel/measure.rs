@@ -115,7 +115,6 @@ impl Nodes {
         let (sender, mut done) = tokio::sync::mpsc::channel(streams);
         for _ in 0..streams {
             let (work, sender) = (one(self.pool.clone(), self.to), sender.clone());
-            #[expect(clippy::disallowed_methods, reason = "a measurement")]
             drop(self.client.spawn(async move { sender.send(work.await).await }));
         }
         drop(sender);

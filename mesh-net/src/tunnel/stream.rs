@@ -111,6 +111,12 @@ impl Endpoint for TunnelStream {
         self.poll_bytes(cx)
     }
 
+    fn more(&mut self) -> Option<Bytes> {
+        let more = self.stream.more_data()?;
+        self.unreleased += more.len();
+        Some(more)
+    }
+
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {
         let size = ready!(self.stream.poll_send(cx, chunk)).map_err(io_error)?;
         chunk.advance(size);

@@ -14,7 +14,10 @@ fn read(decoder: &mut Decoder, block: &[u8]) -> Result<Vec<(String, String)>, Ma
     Ok(all)
 }
 
-fn check(blocks: &[(&str, &[(&str, &str)], usize)]) {
+/// A block, what it says, and what the table holds then, bytes.
+type Example<'e> = (&'e str, &'e [(&'e str, &'e str)], usize);
+
+fn check(blocks: &[Example<'_>]) {
     let mut decoder = Decoder::default();
     for (block, expected, used) in blocks {
         let got = read(&mut decoder, &bytes(block)).unwrap();

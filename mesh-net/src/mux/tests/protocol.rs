@@ -101,8 +101,8 @@ async fn errors_of_a_stream_leave_the_others_alone() {
     let request = |headers: &[(&[u8], &[u8])]| {
         headers.iter().fold(Encoder::default(), |block, (name, value)| block.literal(name, value)).finish()
     };
-    let (method, authority): ((&[u8], &[u8]), (&[u8], &[u8])) =
-        ((b":method", b"CONNECT"), (b":authority", b"10.0.0.2:80"));
+    let method = (&b":method"[..], &b"CONNECT"[..]);
+    let authority = (&b":authority"[..], &b"10.0.0.2:80"[..]);
     let bad: Vec<Vec<u8>> = vec![
         request(&[method]),
         request(&[authority]),
