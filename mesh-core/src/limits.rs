@@ -14,9 +14,9 @@ pub const HOLD: Duration = Duration::from_secs(5);
 pub const TUNNEL_STREAMS: usize = 100;
 /// A tunnel without streams is closed after this time (`wire-protocol.md` H36).
 pub const TUNNEL_IDLE: Duration = Duration::from_secs(300);
-/// HTTP/2 stream window, bytes (`wire-protocol.md` H31).
+/// HTTP/2 stream window to begin with, bytes (`wire-protocol.md` H31).
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// HTTP/2 connection window, bytes (`wire-protocol.md` H31).
+/// HTTP/2 connection window to begin with, bytes (`wire-protocol.md` H31).
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 /// HTTP/2 frame, bytes (`wire-protocol.md` H31).
 pub const FRAME_BYTES: u32 = 1 << 20;

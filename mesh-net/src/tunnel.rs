@@ -1,8 +1,8 @@
 //! HBONE on the wire: byte streams between workloads, multiplexed over mutually authenticated connections.
 //!
 //! This is a narrow boundary on purpose: open a stream to an authority as an identity, accept streams with the peer's
-//! identity, both ends as byte streams with half-close. What is inside (today the `h2` crate on records of ours) does
-//! not show.
+//! identity, both ends as byte streams with half-close. What is inside (HTTP/2 of our own, `mux`, on records of ours)
+//! does not show.
 
 mod dial;
 mod pool;

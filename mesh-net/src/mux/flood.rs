@@ -16,6 +16,10 @@ impl Bucket {
         Self { left: size, size, per_second, filled: now }
     }
 
+    fn add(&mut self, more: u32) {
+        self.left = self.left.saturating_add(more).min(self.size);
+    }
+
     /// Whether there was one more.
     fn take(&mut self, now: impl FnOnce() -> Instant) -> bool {
         if self.left == 0 {
@@ -43,19 +47,36 @@ impl Bucket {
 pub struct Floods {
     /// Frames that bring nothing: PING, SETTINGS, empty DATA, what we do not know. An honest peer sends a few a minute.
     idle: Bucket,
-    /// Streams that it breaks or resets before they were answered (T-26).
+    /// Streams that it breaks.
+    broken: Bucket,
+    /// Streams that it resets before they were answered (T-26). Applications that give up while a server does not
+    /// answer cause some; how many are at work at the same time has its own bound.
     resets: Bucket,
 }
 
 impl Floods {
     /// For a connection that begins.
     pub fn new(now: Instant) -> Self {
-        Self { idle: Bucket::new(10_000, 500, now), resets: Bucket::new(200, 50, now) }
+        Self {
+            idle: Bucket::new(10_000, 500, now),
+            broken: Bucket::new(200, 50, now),
+            resets: Bucket::new(1000, 500, now),
+        }
+    }
+
+    /// A stream has begun: frames that cross its end, either way, are no flood.
+    pub fn stream(&mut self) {
+        self.idle.add(4);
     }
 
     /// Whether the peer may send one more frame that brings nothing.
     pub fn idle(&mut self) -> bool {
         self.idle.take(Instant::now)
+    }
+
+    /// Whether one more stream may be broken.
+    pub fn broken(&mut self) -> bool {
+        self.broken.take(Instant::now)
     }
 
     /// Whether one more stream may go to waste.

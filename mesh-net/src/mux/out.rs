@@ -29,7 +29,7 @@ const SEALED_BYTES: usize = 128 << 10;
 /// What one stream seals before others may.
 pub const TURN_BYTES: usize = 64 << 10;
 /// What one task writes to the socket, for itself and others, before the driver goes on.
-const WRITE_BYTES: usize = 1 << 20;
+const WRITE_BYTES: usize = 256 << 10;
 /// Answers that a peer may have asked for and not read.
 const REPLIES: usize = 1000;
 

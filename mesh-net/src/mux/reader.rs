@@ -307,9 +307,14 @@ impl Reader {
 
     /// Breaks one stream, for something the peer has done.
     fn reset(&mut self, stream: u32, core: Option<&Core>, reason: Reason) -> Result<(), Broken> {
-        if !self.floods.reset() {
+        if !self.floods.broken() {
             return Err(Broken::flood("too many broken streams"));
         }
+        self.end_stream(stream, core, reason);
+        Ok(())
+    }
+
+    fn end_stream(&mut self, stream: u32, core: Option<&Core>, reason: Reason) {
         if let Some(core) = core {
             core.fail(Failure::Reset(reason)).now();
         }
@@ -320,7 +325,6 @@ impl Reader {
         }
         frame::reset(stream, reason, &mut self.replies.0);
         self.replies.1 += 1;
-        Ok(())
     }
 
     fn data(&mut self, data: Data) -> Result<(), Broken> {
@@ -420,9 +424,12 @@ impl Reader {
             }
         };
         let Some(core) = core else {
-            self.reset(stream, None, Reason::REFUSED_STREAM)?;
+            // Nothing is broken: it may try elsewhere.
+            self.idle()?;
+            self.end_stream(stream, None, Reason::REFUSED_STREAM);
             return Ok(None);
         };
+        self.floods.stream();
         Ok(Some(Request { head, stream: Stream::new(self.shared.clone(), core) }))
     }
 
@@ -452,6 +459,7 @@ impl Reader {
             }
             return self.idle();
         }
+        self.floods.stream();
         if let Some((wake, over)) = core.answered(head, end) {
             wake.now();
             if over {

@@ -45,6 +45,12 @@ async fn echo(incoming: Incoming) {
     }
 }
 
+/// Memory of the process, bytes.
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
 struct Nodes {
     client: Runtime,
     _server: Runtime,
@@ -82,17 +88,19 @@ impl Nodes {
         Self { client, _server: server, pool, to, _tasks: tasks }
     }
 
-    async fn open(pool: Pool, to: SocketAddr) -> TunnelStream {
-        pool.open(Dial {
+    fn dial(to: SocketAddr) -> Dial {
+        Dial {
             identity: id("web"),
             hop: Hop { dial: to, expect: vec![id("cart")] },
             source: "10.0.0.1".parse().unwrap(),
             authority: "10.0.0.2:80".into(),
             headers: TunnelHeaders::default(),
             connect: Arc::new(DirectConnector),
-        })
-        .await
-        .unwrap()
+        }
+    }
+
+    async fn open(pool: Pool, to: SocketAddr) -> TunnelStream {
+        pool.open(Self::dial(to)).await.unwrap()
     }
 
     /// Round trips of one byte on `streams` streams, one every `pace` if it is not zero.
@@ -134,6 +142,55 @@ impl Nodes {
         );
     }
 
+    /// Round trips of one byte beside a stream that carries as much as it can.
+    fn mice_and_elephant(&self) {
+        let (pool, to) = (self.pool.clone(), self.to);
+        let elephant = self.client.spawn(async move {
+            let (mut read, mut write) = tokio::io::split(Self::open(pool, to).await);
+            let send = async {
+                let data = vec![7; 256 << 10];
+                while write.write_all(&data).await.is_ok() {}
+            };
+            let receive = async {
+                let mut buffer = vec![0; 256 << 10];
+                while read.read(&mut buffer).await.is_ok() {}
+            };
+            tokio::join!(send, receive);
+        });
+        print!("beside an elephant: ");
+        self.ping_pong(8, Duration::from_millis(4));
+        elephant.abort();
+    }
+
+    /// What streams and connections without traffic hold, both ends together.
+    fn idle(&self) {
+        let open = |source: u8, streams: usize| {
+            let (pool, to) = (self.pool.clone(), self.to);
+            self.client.block_on(async move {
+                let mut all = Vec::new();
+                for _ in 0..streams {
+                    let dial = Dial { source: [10, 0, 1, source].into(), ..Self::dial(to) };
+                    let mut stream = pool.open(dial).await.unwrap();
+                    stream.write_all(b"x").await.unwrap();
+                    stream.read_exact(&mut [0; 1]).await.unwrap();
+                    all.push(stream);
+                }
+                all
+            })
+        };
+        let _warm = open(0, 50);
+        let before = resident();
+        let connections: Vec<_> = (1..=100).map(|source| open(source, 1)).collect();
+        let one_each = resident();
+        let streams: Vec<_> = (1..=100).map(|source| open(source, 80)).collect();
+        let many = resident();
+        println!(
+            "idle, both ends: {} bytes a connection, {} a stream with its task",
+            (one_each - before) / connections.len(),
+            (many - one_each) / streams.iter().map(Vec::len).sum::<usize>()
+        );
+    }
+
     /// Bytes there and back again on `streams` streams.
     fn bulk(&self, streams: usize) {
         let one = |pool: Pool, to: SocketAddr| async move {
@@ -172,12 +229,14 @@ impl Nodes {
 #[ignore = "a measurement"]
 fn measure() {
     let nodes = Nodes::new();
+    nodes.idle();
     for streams in [1, 8, 32] {
         nodes.ping_pong(streams, Duration::ZERO);
     }
     for streams in [1, 8, 32] {
         nodes.ping_pong(streams, Duration::from_millis(4));
     }
+    nodes.mice_and_elephant();
     for streams in [1, 8] {
         nodes.bulk(streams);
     }

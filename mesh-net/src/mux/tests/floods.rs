@@ -69,7 +69,7 @@ async fn streams_opened_to_be_reset_are_counted() {
         }
     })
     .await;
-    for stream in (1..2000).step_by(2) {
+    for stream in (1..8000).step_by(2) {
         raw.connect(stream, false).await;
         raw.frame(kind::RST_STREAM, 0, stream, &[0, 0, 0, 8]).await;
     }
