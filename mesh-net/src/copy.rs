@@ -3,9 +3,10 @@
 //! A chunk is read once and handed over as [`Bytes`]: towards the tunnel without a copy, and out of it as the slices
 //! that HTTP/2 received. An idle connection holds no buffer; a busy one grows it up to [`LARGEST_READ_BYTES`].
 
+mod chunks;
+
 use std::{
-    collections::VecDeque,
-    io::{self, IoSlice},
+    io,
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
@@ -19,12 +20,12 @@ use tokio::{
     net::TcpStream,
 };
 
+pub use self::chunks::Chunks;
+
 /// First read of a connection that was idle: most messages are small.
 const FIRST_READ_BYTES: usize = 8 << 10;
 /// Largest read: four records' worth per system call beyond [`COPY_BUFFER_BYTES`], still inside a core's cache.
 pub const LARGEST_READ_BYTES: usize = 4 * COPY_BUFFER_BYTES;
-/// Slices of one write: as many records as are in the largest read.
-const SLICES: usize = 16;
 /// A direction gives way to the other and to other tasks after this many bytes.
 const TURN_BYTES: usize = 1 << 20;
 
@@ -148,72 +149,6 @@ impl Reader {
     }
 }
 
-/// Bytes on their way from one end to the other, in the slices they came in.
-#[derive(Debug, Default)]
-pub struct Chunks {
-    first: Bytes,
-    more: VecDeque<Bytes>,
-    size: usize,
-}
-
-impl Chunks {
-    fn is_empty(&self) -> bool {
-        self.size == 0
-    }
-
-    fn push(&mut self, chunk: Bytes) {
-        self.size += chunk.len();
-        if self.first.is_empty() {
-            self.first = chunk;
-        } else {
-            self.more.push_back(chunk);
-        }
-    }
-
-    /// Nothing waits any more, in no memory.
-    fn clear(&mut self) {
-        *self = Self::default();
-    }
-
-    /// The first one; not empty as long as there are any.
-    pub fn first(&mut self) -> &mut Bytes {
-        &mut self.first
-    }
-
-    /// The first ones for one system call.
-    fn slices(&self) -> [IoSlice<'_>; SLICES] {
-        let mut slices = [IoSlice::new(&[]); SLICES];
-        let all = std::iter::once(&self.first).chain(&self.more);
-        for (slice, chunk) in slices.iter_mut().zip(all) {
-            *slice = IoSlice::new(chunk);
-        }
-        slices
-    }
-
-    /// The first `size` bytes are gone.
-    fn advance(&mut self, mut size: usize) {
-        loop {
-            let here = size.min(self.first.len());
-            self.first.advance(here);
-            size -= here;
-            self.settle();
-            if size == 0 || self.first.is_empty() {
-                return;
-            }
-        }
-    }
-
-    /// To be called after bytes of the first one were taken.
-    fn settle(&mut self) {
-        if self.first.is_empty()
-            && let Some(next) = self.more.pop_front()
-        {
-            self.first = next;
-        }
-        self.size = self.first.len() + self.more.iter().map(Bytes::len).sum::<usize>();
-    }
-}
-
 /// One end of a copy.
 pub trait Endpoint: Send + Unpin {
     /// The next bytes; an empty chunk is the end. `reader` keeps buffers between calls for ends that need one.
@@ -271,8 +206,8 @@ impl Endpoint for TcpStream {
     }
 
     fn poll_send_all(&mut self, cx: &mut Context<'_>, chunks: &mut Chunks) -> Poll<io::Result<()>> {
-        if chunks.more.is_empty() {
-            ready!(self.poll_send(cx, &mut chunks.first))?;
+        if chunks.is_one() {
+            ready!(self.poll_send(cx, chunks.first()))?;
             chunks.settle();
             return Poll::Ready(Ok(()));
         }
@@ -399,19 +334,19 @@ impl Way {
                 Stage::Carrying if self.chunks.is_empty() => {
                     let got = ready!(self.next_chunk(cx, from, to));
                     self.read(got)?;
-                    while !self.chunks.is_empty() && self.chunks.size < LARGEST_READ_BYTES {
+                    while !self.chunks.is_empty() && self.chunks.len() < LARGEST_READ_BYTES {
                         let Some(more) = from.more() else { break };
                         self.chunks.push(more);
                     }
                 }
                 Stage::Carrying => {
-                    let before = self.chunks.size;
+                    let before = self.chunks.len();
                     if unless_reset(ready!(to.poll_send_all(cx, &mut self.chunks)))?.is_none() {
                         self.done();
                         continue;
                     }
                     self.unflushed = true;
-                    let moved = before - self.chunks.size;
+                    let moved = before - self.chunks.len();
                     count(moved as u64);
                     turn += moved;
                     if turn >= TURN_BYTES {

@@ -14,6 +14,7 @@
 //! What a peer can make us do or keep is bounded where it is done: frames in [`parse`], floods in [`flood`], answers
 //! that it does not read in [`out`], bytes in [`window`], streams in [`table`].
 
+mod cell;
 mod connection;
 mod flood;
 mod frame;
@@ -43,19 +44,19 @@ use mesh_core::limits::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use self::{
+    cell::Core,
+    frame::{Broken, Settings},
+    out::{Out, wake_all},
+    table::{Role, Stage, Table},
+    window::Window,
+};
 pub use self::{
     connection::{Connection, Handle, Pings, client, server},
     frame::Reason,
     head::{Head, answer, connect},
     reader::{Event, Request},
     stream::Stream,
-};
-use self::{
-    frame::{Broken, Settings},
-    out::{Out, wake_all},
-    stream::Core,
-    table::{Role, Stage, Table},
-    window::Window,
 };
 use crate::record::RecordError;
 

@@ -26,6 +26,9 @@ use crate::record::{Outgoing, RecordError, Sealer};
 
 /// Sealed bytes beyond which streams wait.
 const SEALED_BYTES: usize = 128 << 10;
+/// What a stream seals all the same, once between two visits to the socket: a few bytes do not wait for room that
+/// others, who carry much, take as soon as there is any.
+const FAIR_BYTES: usize = 4 << 10;
 /// What one stream seals before others may.
 pub const TURN_BYTES: usize = 64 << 10;
 /// What one task writes to the socket, for itself and others, before the driver goes on.
@@ -50,6 +53,8 @@ pub struct Out {
     writer: Option<Writer>,
     /// Whoever has the writer is to look again.
     again: bool,
+    /// Counts what is carried to the socket at once.
+    pub visit: u32,
     /// Streams that wait for room here or for the window of the connection.
     waiting: Vec<(u32, Waker)>,
     /// What the peer takes on the connection, bytes.
@@ -76,6 +81,7 @@ impl Out {
             sealed: Outgoing::default(),
             writer: Some(Writer { io, sealed: Outgoing::default() }),
             again: false,
+            visit: 1,
             waiting: Vec::new(),
             window: i64::from(frame::DEFAULT_WINDOW_BYTES),
             frame: frame::DEFAULT_FRAME_BYTES,
@@ -87,10 +93,19 @@ impl Out {
         }
     }
 
-    /// What a stream may seal now, bytes.
-    pub fn room(&self) -> usize {
-        let room = if self.sealed.len() < SEALED_BYTES { TURN_BYTES } else { 0 };
+    /// What a stream may seal now that has last sealed for visit `last` to the socket, bytes.
+    pub fn room(&self, last: u32) -> usize {
+        let room = match self.sealed.len() {
+            ..SEALED_BYTES => TURN_BYTES,
+            _ if last != self.visit => FAIR_BYTES,
+            _ => 0,
+        };
         usize::try_from(self.window).map_or(0, |window| window.min(room))
+    }
+
+    /// Whether any stream may seal anything.
+    pub fn has_room(&self) -> bool {
+        self.room(self.visit) > 0
     }
 
     /// Wakes `waker`, of `stream`, when there may be room.
@@ -203,6 +218,7 @@ impl Out {
         };
         if writer.sealed.is_empty() {
             std::mem::swap(&mut writer.sealed, &mut self.sealed);
+            self.visit = self.visit.wrapping_add(1);
             self.replies = (0, self.replies.0);
             self.rekeyed = false;
         }
@@ -248,7 +264,7 @@ impl Shared {
                 self.driver.wake_by_ref();
                 return;
             }
-            let room = if out.room() > 0 { out.waiting() } else { Vec::new() };
+            let room = if out.has_room() { out.waiting() } else { Vec::new() };
             // Before the socket is asked: its answer may come at once.
             self.stuck.store(true, Ordering::SeqCst);
             drop(out);

@@ -1,4 +1,4 @@
-//! One stream: what came and was not read, what may be sent, how it ended.
+//! A stream as its user has it.
 
 use std::{
     collections::VecDeque,
@@ -8,185 +8,15 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use parking_lot::Mutex;
 
 use super::{
     Failure, Shared,
-    frame::{self, LARGEST, Reason},
+    cell::Core,
+    frame::{self, Reason},
     head::Head,
-    out::TURN_BYTES,
-    window::Window,
+    out::{Out, TURN_BYTES},
 };
-
-/// Shorter bytes that have to wait are copied: they would hold on to the whole buffer that they came in, and a peer
-/// that sends one at a time would take a hundred times its window.
-const COPIED_BYTES: usize = 4 << 10;
-
-/// What reader and holder of a stream share.
-#[derive(Debug)]
-pub struct Core {
-    /// Its number.
-    pub id: u32,
-    cell: Mutex<Cell>,
-}
-
-#[derive(Debug)]
-struct Cell {
-    /// The answer to a CONNECT, and whether it was taken.
-    answer: Option<Option<Box<Head>>>,
-    queue: VecDeque<Bytes>,
-    /// Short ones that came after those in the queue.
-    tail: BytesMut,
-    window: Window,
-    received_all: bool,
-    reader: Option<Waker>,
-    /// What the peer takes, bytes; below zero after it has changed its mind.
-    send_window: i64,
-    sent_all: bool,
-    writer: Option<Waker>,
-    failure: Option<Failure>,
-}
-
-impl Cell {
-    fn pop(&mut self) -> Option<Bytes> {
-        self.queue.pop_front().or_else(|| (!self.tail.is_empty()).then(|| self.tail.split().freeze()))
-    }
-
-    fn push(&mut self, payload: Bytes) {
-        if self.queue.is_empty() && self.tail.is_empty() {
-            self.queue.push_back(payload);
-        } else if payload.len() < COPIED_BYTES {
-            self.tail.extend_from_slice(&payload);
-        } else {
-            if !self.tail.is_empty() {
-                self.queue.push_back(self.tail.split().freeze());
-            }
-            self.queue.push_back(payload);
-        }
-    }
-
-    /// Drops what nobody reads; returns how much it was.
-    fn clear(&mut self) -> usize {
-        let size = self.queue.iter().map(Bytes::len).sum::<usize>() + self.tail.len();
-        (self.queue, self.tail) = (VecDeque::new(), BytesMut::new());
-        size
-    }
-
-    fn is_over(&self) -> bool {
-        self.failure.is_some() || (self.received_all && self.sent_all)
-    }
-}
-
-/// Wakes after the lock is let go.
-#[must_use]
-pub struct Wake([Option<Waker>; 2]);
-
-impl Wake {
-    /// Does it.
-    pub fn now(self) {
-        for waker in self.0.into_iter().flatten() {
-            waker.wake();
-        }
-    }
-}
-
-/// What came of bytes.
-pub enum Taken {
-    /// Someone will read them. Whether the stream is over with them.
-    Queued(Wake, bool),
-    /// The peer had said that there were no more.
-    AfterEnd,
-    /// More than we permitted.
-    TooMuch,
-    /// Nobody reads them.
-    Unwanted,
-}
-
-impl Core {
-    /// A stream that begins.
-    pub fn new(id: u32, send_window: u32, window: u32, received_all: bool) -> Arc<Self> {
-        let cell = Cell {
-            answer: None,
-            queue: VecDeque::new(),
-            tail: BytesMut::new(),
-            window: Window::new(window),
-            received_all,
-            reader: None,
-            send_window: i64::from(send_window),
-            sent_all: false,
-            writer: None,
-            failure: None,
-        };
-        Arc::new(Self { id, cell: Mutex::new(cell) })
-    }
-
-    /// The answer came; the stream may end with it. Whether it is the first one, and the stream over.
-    pub fn answered(&self, head: Box<Head>, end: bool) -> Option<(Wake, bool)> {
-        let mut cell = self.cell.lock();
-        if cell.answer.is_some() {
-            return None;
-        }
-        cell.answer = Some(Some(head));
-        cell.received_all = end;
-        Some((Wake([cell.reader.take(), None]), cell.is_over()))
-    }
-
-    /// Whether the answer to our CONNECT has come.
-    pub fn is_answered(&self) -> bool {
-        self.cell.lock().answer.is_some()
-    }
-
-    /// A DATA frame begins, which takes `size` from the window, `padding` of it for nothing.
-    pub fn charge(&self, size: u32, padding: u32) -> bool {
-        let mut cell = self.cell.lock();
-        let fits = cell.window.receive(size);
-        cell.window.release(usize::try_from(padding).unwrap_or(0));
-        fits
-    }
-
-    /// Bytes came; `fits` is what [`Self::charge`] said.
-    pub fn receive(&self, payload: Bytes, fits: bool, end: bool) -> Taken {
-        let mut cell = self.cell.lock();
-        if cell.failure.is_some() {
-            return Taken::Unwanted;
-        }
-        if cell.received_all {
-            return Taken::AfterEnd;
-        }
-        if !fits {
-            return Taken::TooMuch;
-        }
-        if !payload.is_empty() {
-            cell.push(payload);
-        }
-        cell.received_all = end;
-        Taken::Queued(Wake([cell.reader.take(), None]), cell.is_over())
-    }
-
-    /// The peer ends its half without bytes.
-    pub fn end(&self) -> Taken {
-        self.receive(Bytes::new(), true, true)
-    }
-
-    /// The peer takes more, or less. Whether the window is still one.
-    pub fn widen(&self, by: i64) -> Option<Wake> {
-        let mut cell = self.cell.lock();
-        cell.send_window += by;
-        if cell.send_window > i64::from(LARGEST) {
-            return None;
-        }
-        Some(Wake([if cell.send_window > 0 { cell.writer.take() } else { None }, None]))
-    }
-
-    /// The stream is over by `failure`, unless it was over before. Bytes that came before may still be read.
-    pub fn fail(&self, failure: Failure) -> Wake {
-        let mut cell = self.cell.lock();
-        if !(cell.received_all && cell.sent_all) {
-            cell.failure.get_or_insert(failure);
-        }
-        Wake([cell.reader.take(), cell.writer.take()])
-    }
-}
+use crate::record::RecordError;
 
 /// A stream in the hand of its user. Dropped unfinished, it is reset.
 pub struct Stream {
@@ -282,7 +112,7 @@ impl Stream {
             register(&mut cell.writer, cx);
             return Poll::Pending;
         }
-        let room = out.room();
+        let room = out.room(cell.visit);
         if room == 0 {
             drop(cell);
             out.wait(self.core.id, cx.waker());
@@ -290,6 +120,7 @@ impl Stream {
         }
         let size = data.len().min(window).min(room).min(out.frame).min(TURN_BYTES);
         cell.send_window -= i64::try_from(size).unwrap_or(i64::MAX);
+        cell.visit = out.visit;
         drop(cell);
         let sealed = out.data(self.core.id, data.get(..size).unwrap_or(data), false);
         drop(out);
@@ -325,10 +156,7 @@ impl Stream {
     }
 
     /// Seals the last frame of our half.
-    fn last(
-        &self,
-        seal: impl FnOnce(&mut super::out::Out) -> Result<(), crate::record::RecordError>,
-    ) -> Result<(), Failure> {
+    fn last(&self, seal: impl FnOnce(&mut Out) -> Result<(), RecordError>) -> Result<(), Failure> {
         let mut out = self.shared.out.lock();
         let mut cell = self.core.cell.lock();
         if let Some(failure) = &cell.failure {

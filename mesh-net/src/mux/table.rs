@@ -8,8 +8,8 @@ use std::{
 
 use super::{
     Cause,
+    cell::Core,
     frame::{Broken, LARGEST},
-    stream::Core,
 };
 
 /// Streams whose late frames mean nothing: we have reset them.

@@ -60,21 +60,53 @@ async fn empty_data_and_continuations_without_end_are_cut() {
 async fn streams_opened_to_be_reset_are_counted() {
     let handled = Arc::new(AtomicUsize::new(0));
     let count = handled.clone();
-    let (mut raw, _tasks, _ended) = Raw::client(move |stream| {
+    let (mut raw, _tasks, ended) = Raw::client(move |stream| {
         count.fetch_add(1, Ordering::SeqCst);
         // Holds its stream as an application that is slow to connect to does.
         async move {
-            tokio::time::sleep(LONG).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
             drop(stream);
         }
     })
     .await;
-    for stream in (1..8000).step_by(2) {
+    let attack = async {
+        for stream in (1..).step_by(2) {
+            let connect = framed(kind::HEADERS, flags::END_HEADERS, stream, &connect_block());
+            let reset = framed(kind::RST_STREAM, 0, stream, &[0, 0, 0, 8]);
+            if raw.try_write(&[connect, reset].concat()).await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = async { attack.await; std::future::pending().await } => {}
+        cause = tokio::time::timeout(LONG, ended) => {
+            let cause = cause.expect("the attacker is cut").unwrap();
+            assert!(matches!(cause, Cause::Broken(Broken { reason: Reason::ENHANCE_YOUR_CALM, .. })), "{cause}");
+        }
+    }
+    assert!(handled.load(Ordering::SeqCst) > 500);
+}
+
+/// Streams that are gone, but whose applications are still being connected to.
+#[tokio::test]
+async fn streams_that_are_held_are_bounded() {
+    let handled = Arc::new(AtomicUsize::new(0));
+    let count = handled.clone();
+    let (mut raw, _tasks, _ended) = Raw::client(move |stream| {
+        count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            std::future::pending::<()>().await;
+            drop(stream);
+        }
+    })
+    .await;
+    for stream in (1..2000).step_by(2) {
         raw.connect(stream, false).await;
         raw.frame(kind::RST_STREAM, 0, stream, &[0, 0, 0, 8]).await;
     }
-    assert_eq!(raw.goes_away().await.1, Reason::ENHANCE_YOUR_CALM);
-    assert!(handled.load(Ordering::SeqCst) <= HELD_STREAMS);
+    raw.until(is_reset(1999, Reason::REFUSED_STREAM)).await;
+    assert_eq!(handled.load(Ordering::SeqCst), HELD_STREAMS);
 }
 
 #[tokio::test]
