@@ -142,7 +142,8 @@ impl AsyncRead for TunnelStream {
         let n = chunk.len().min(buf.remaining());
         buf.put_slice(&chunk[..n]);
         chunk.advance(n);
-        self.leftover = chunk;
+        // An empty slice would still hold on to the buffer that it was cut from.
+        self.leftover = if chunk.is_empty() { Bytes::new() } else { chunk };
         Poll::Ready(Ok(()))
     }
 }
