@@ -185,6 +185,14 @@ impl Out {
         self.gone.is_some() || (written && self.sealed.is_empty())
     }
 
+    /// Closes the socket to the peer, which may still send.
+    pub fn shut(&mut self, cx: &mut Context<'_>) {
+        if let Some(writer) = &mut self.writer {
+            // If it fails or takes its time, the end of the connection does it.
+            let _ = Pin::new(&mut writer.io).poll_shutdown(cx);
+        }
+    }
+
     /// How writing failed, if it did.
     pub fn failure(&self) -> Option<Arc<io::Error>> {
         self.gone.clone()

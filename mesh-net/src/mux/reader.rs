@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -25,6 +25,9 @@ const FIRST_READ_BYTES: usize = 4 << 10;
 const READ_BYTES: usize = 256 << 10;
 /// What the driver reads before it gives way, bytes: those whom it has woken must get their turn.
 const TURN_BYTES: usize = 256 << 10;
+
+/// How long a peer may take to close after us.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// The half of a transport that is read from.
 pub type ReadHalf = Box<dyn AsyncRead + Send + Unpin>;
@@ -66,6 +69,7 @@ pub struct Reader {
     greeted: bool,
     turn: usize,
     closing: bool,
+    linger: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 impl Reader {
@@ -88,6 +92,7 @@ impl Reader {
             greeted: false,
             turn: 0,
             closing: false,
+            linger: None,
         }
     }
 
@@ -107,6 +112,9 @@ impl Reader {
         self.attend(cx);
         loop {
             if let Some(error) = self.shared.lost() {
+                if self.closing {
+                    return Poll::Ready(Event::End(Cause::Closed));
+                }
                 return Poll::Ready(Event::End(self.fail(Cause::Io(error))));
             }
             if self.is_done() {
@@ -116,11 +124,12 @@ impl Reader {
                     self.shared.out.lock().close(None);
                     self.shared.pump();
                 }
-                if self.shared.out.lock().is_drained() {
+                if self.poll_linger(cx).is_ready() {
                     return Poll::Ready(Event::End(Cause::Closed));
                 }
             }
             match ready!(self.poll_frame(cx)) {
+                Err(_) if self.closing => return Poll::Ready(Event::End(Cause::Closed)),
                 Ok(None) => {}
                 Ok(Some(request)) => {
                     return Poll::Ready(match self.flush() {
@@ -131,6 +140,19 @@ impl Reader {
                 Err(cause) => return Poll::Ready(Event::End(self.fail(cause))),
             }
         }
+    }
+
+    /// All is said: the socket is closed one way, and read until the peer closes it as well. Bytes that nobody has read
+    /// when a socket is closed make the kernel drop those that the peer has not read.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.linger.is_none() {
+            let mut out = self.shared.out.lock();
+            if !out.is_drained() {
+                return Poll::Pending;
+            }
+            out.shut(cx);
+        }
+        self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER))).as_mut().poll(cx)
     }
 
     fn attend(&mut self, cx: &Context<'_>) {
