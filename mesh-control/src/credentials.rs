@@ -32,7 +32,7 @@ pub enum Callers {
     /// A directory of tokens.
     Files(Credentials),
     /// The API server.
-    Reviewed(Reviews),
+    Reviewed(Box<Reviews>),
 }
 
 impl Callers {

@@ -387,14 +387,14 @@ mod tests {
         let election = Election::new(&client(&server), "mesh", "me".to_owned());
         let mut leads = election.leads();
         let (_drain, draining) = mesh_net::drain::channel();
-        let running = tokio::spawn(election.run(|_| Say::default(), draining));
+        let tasks = mesh_net::task::TaskGroup::new();
+        tasks.spawn(election.run(|_| Say::default(), draining));
         leads.wait_for(|leads| *leads).await.unwrap();
         let renewed = Instant::now();
         server.lock().silent = true;
         lost(&mut leads).await;
         // The last renewal may be as old as a turn; the step must not wait for an answer that does not come.
         assert!(renewed.elapsed() <= STEP_DOWN, "{:?}", renewed.elapsed());
-        running.abort();
     }
 
     #[tokio::test(start_paused = true)]

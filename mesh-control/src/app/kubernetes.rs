@@ -70,7 +70,7 @@ pub(super) async fn open(
     tasks.spawn(follow(pipeline.clone(), changed, (), drain.watch()));
     let reviews = Reviews::new(client.clone(), namespace.as_str().into(), pipeline.subscribe());
     let cluster = Some(Leading { client, me, namespace, provisioning: settings.provisioning() });
-    Ok(Parts { pipeline, callers: Callers::Reviewed(reviews), root, cluster })
+    Ok(Parts { pipeline, callers: Callers::Reviewed(Box::new(reviews)), root, cluster })
 }
 
 /// A root that cannot be used ends the process; an API server that is away does not.

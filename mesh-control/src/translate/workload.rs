@@ -201,7 +201,8 @@ impl PodFacts {
     /// Whether proxies are told of it: its agent needs its description before its status has an address, since the
     /// kubelet writes that only after the first containers have started and their `postStart` hooks have ended.
     pub fn described(&self) -> bool {
-        !self.finished && !(self.addresses.is_empty() && self.node.is_empty())
+        let placed = !self.addresses.is_empty() || !self.node.is_empty();
+        placed && !self.finished
     }
 
     /// Whether it speaks HBONE by itself.
