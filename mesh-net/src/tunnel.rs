@@ -185,6 +185,4 @@ impl DialError {
 pub(crate) const FLAG_HEADER: &str = "x-undermesh-flag";
 
 #[cfg(test)]
-mod measure;
-#[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     agent::{Agent, Dismissal},
+    earlier,
     kernel::ProbeReport,
     pods::{Pod, follow::Following, record::Kept},
 };
@@ -103,7 +104,7 @@ fn plain(kept: &Kept, state: &'static str, why: Option<String>) -> ShownPod {
 
 fn served(agent: &Agent, pod: &Pod) -> ShownPod {
     let mut shown = plain(&pod.kept.load(), "serving", None);
-    shown.earlier_connections = agent.earlier.count(pod.slot);
+    shown.earlier_connections = pod.earlier.count();
     let Some(world) = agent.world.now() else {
         (shown.state, shown.why) = ("pending", Some("the control plane has not answered yet".to_owned()));
         return shown;
@@ -229,7 +230,7 @@ impl Admin {
             Ok(direct) => {
                 all.extend(through.iter().filter_map(|one| serde_json::to_value(one).ok()));
                 all.extend(direct.iter().filter_map(|one| serde_json::to_value(one).ok()));
-                let earlier = self.agent.earlier.list(&self.agent);
+                let earlier = earlier::list(&self.agent);
                 all.extend(earlier.iter().filter_map(|one| serde_json::to_value(one).ok()));
                 AdminResponse::json(200, &all)
             }

@@ -31,7 +31,7 @@ use crate::{
     affinity::Affinity,
     connections::{Connections, Owner},
     direct::Direct,
-    earlier::Earlier,
+    earlier::{self, Earlier},
     kernel::{
         self, Kernel, KernelError, KernelState, PodSlot,
         lower::{LocalWorkload, Lowering},
@@ -85,8 +85,6 @@ pub struct Agent {
     pub again: watch::Sender<Option<Instant>>,
     /// What the last enforcement left for the next one; also keeps one at a time.
     pub enforcing: Mutex<Enforcing>,
-    /// Live connections from before their pods were enrolled.
-    pub earlier: Earlier,
     /// What is known of the kubelet.
     pub kubelet: Mutex<Found>,
     /// Why the kernel is not in line with the world; none when it is.
@@ -154,7 +152,7 @@ pub struct Site {
 
 impl Agent {
     /// Makes a pod of what enrolling produced.
-    pub fn pod(&self, kept: Kept, netns: Netns, slot: PodSlot) -> Pod {
+    pub fn pod(&self, kept: Kept, netns: Netns, (slot, earlier): (PodSlot, Earlier)) -> Pod {
         let (drain, draining) = self.draining.child();
         let tasks = TaskGroup::new();
         let owner = Arc::new(Owner {
@@ -178,6 +176,7 @@ impl Agent {
             draining,
             tasks,
             pool,
+            earlier,
             affinity: Affinity::default(),
             places,
         }
@@ -258,7 +257,7 @@ impl Agent {
         // The kernel's side has ended what its verdicts no longer permit, twice after a change of generation. This
         // asks the policies themselves, and ends what is undecided for too long.
         let direct = self.direct.sweep(self, &world, &table, &mut swept);
-        let earlier = self.earlier.sweep(self, &world, &table, &mut swept);
+        let earlier = earlier::sweep(self, &world, &table, &mut swept);
         let outcome = report.and_then(|report| direct.and(earlier).map(|()| report));
         *self.out_of_line.lock() = outcome.as_ref().err().map(ToString::to_string);
         if outcome.is_err() {

@@ -35,9 +35,7 @@ use crate::{
         enrolment::{Enrol, FromFeed},
     },
     connections::Connections,
-    direct,
-    earlier::Earlier,
-    feed,
+    direct, feed,
     kernel::{Kernel, KernelConfig},
     kubelet,
     pods::{
@@ -105,7 +103,6 @@ pub async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         pods: table.subscribe(),
         again: watch::Sender::new(None),
         enforcing: Mutex::default(),
-        earlier: Earlier::default(),
         kubelet: Mutex::default(),
         out_of_line: Mutex::default(),
         pod_connections: pod_connections(config.pod_connections)?,

@@ -1,10 +1,7 @@
 //! Connections that were open before their pod was enrolled. They go on as they were, past the mesh: counted, listed, and
 //! ended where PeerAuthentication STRICT refuses plaintext, also when it comes to do so later.
 
-use std::{
-    collections::{HashMap, HashSet},
-    net::SocketAddr,
-};
+use std::{collections::HashSet, net::SocketAddr};
 
 use mesh_core::{flag::Flag, inbound, snapshot::Snapshot};
 use mesh_net::access::{AccessRecord, Path, Side};
@@ -20,9 +17,9 @@ use crate::{
     report,
 };
 
-/// What is known of them.
-#[derive(Default)]
-pub struct Earlier(Mutex<HashMap<PodSlot, Vec<Unseen>>>);
+/// Those of one pod. With the pod, so that there is no moment at which one is known and the other is not.
+#[derive(Debug)]
+pub struct Earlier(Mutex<Vec<Unseen>>);
 
 /// One as the admin endpoint lists it.
 #[derive(Clone, Debug, Serialize)]
@@ -51,78 +48,63 @@ pub struct ListedEnd {
 }
 
 impl Earlier {
-    /// Notes what a pod has open at the moment that it is captured.
+    /// What a pod has open at the moment that it is captured.
     ///
     /// # Errors
     /// When it cannot be listed.
-    pub fn note(&self, kernel: &Kernel, pod: PodSlot) -> Result<(), KernelError> {
+    pub fn of(kernel: &Kernel, pod: PodSlot) -> Result<Self, KernelError> {
         let unseen = kernel.unseen(pod)?;
-        if unseen.is_empty() {
-            self.0.lock().remove(&pod);
-        } else {
+        if !unseen.is_empty() {
             tracing::info!(count = unseen.len(), "connections from before the pod was enrolled go on");
-            self.0.lock().insert(pod, unseen);
         }
-        Ok(())
+        Ok(Self(Mutex::new(unseen)))
     }
 
-    /// Lets go of what has ended and of pods that have left.
-    fn refresh(&self, kernel: &Kernel, table: &Table) {
-        let mut all = self.0.lock();
-        all.retain(|slot, known| {
-            if !table.serving.values().any(|pod| pod.slot == *slot) {
-                return false;
-            }
-            if let Ok(open) = kernel.unseen(*slot) {
-                let open: HashSet<u64> = open.iter().map(|unseen| unseen.cookie).collect();
-                known.retain(|unseen| open.contains(&unseen.cookie));
-            }
-            !known.is_empty()
-        });
+    /// Those that are still open, as far as the kernel tells.
+    fn refreshed(&self, kernel: &Kernel, pod: PodSlot) -> Vec<Unseen> {
+        let mut known = self.0.lock();
+        if !known.is_empty()
+            && let Ok(open) = kernel.unseen(pod)
+        {
+            let open: HashSet<u64> = open.iter().map(|unseen| unseen.cookie).collect();
+            known.retain(|unseen| open.contains(&unseen.cookie));
+        }
+        known.clone()
     }
 
-    /// Ends those that STRICT refuses now, and counts them in `swept`. One that cannot be ended is tried again.
-    ///
-    /// # Errors
-    /// The first of those.
-    pub fn sweep(
-        &self,
-        agent: &Agent,
-        world: &Snapshot,
-        table: &Table,
-        swept: &mut Swept,
-    ) -> Result<(), KernelError> {
-        if self.0.lock().is_empty() {
-            return Ok(());
-        }
-        self.refresh(&agent.kernel, table);
-        let mut outcome = Ok(());
-        for pod in table.serving.values() {
-            let known = self.0.lock().get(&pod.slot).cloned().unwrap_or_default();
-            for unseen in known.iter().filter(|unseen| refused(world, pod, unseen)) {
-                match agent.kernel.end_unseen(pod.slot, unseen) {
-                    Ok(false) => {}
-                    Ok(true) => {
-                        swept.cut += 1;
-                        tell(agent, world, pod, unseen);
-                    }
-                    Err(error) => outcome = outcome.and(Err(error)),
+    /// How many there are, as far as was seen last.
+    pub fn count(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+/// Ends those that STRICT refuses now, and counts them in `swept`. One that cannot be ended is tried again.
+///
+/// # Errors
+/// The first of those.
+pub fn sweep(agent: &Agent, world: &Snapshot, table: &Table, swept: &mut Swept) -> Result<(), KernelError> {
+    let mut outcome = Ok(());
+    for pod in table.serving.values() {
+        let known = pod.earlier.refreshed(&agent.kernel, pod.slot);
+        for unseen in known.iter().filter(|unseen| refused(world, pod, unseen)) {
+            match agent.kernel.end_unseen(pod.slot, unseen) {
+                Ok(false) => {}
+                Ok(true) => {
+                    swept.cut += 1;
+                    tell(agent, world, pod, unseen);
                 }
+                Err(error) => outcome = outcome.and(Err(error)),
             }
         }
-        outcome
     }
+    outcome
+}
 
-    /// All that are still open.
-    pub fn list(&self, agent: &Agent) -> Vec<ListedEarlier> {
-        self.refresh(&agent.kernel, &agent.pods.borrow().clone());
-        self.0.lock().values().flatten().map(listed).collect()
-    }
-
-    /// How many a pod has, as far as was seen last.
-    pub fn count(&self, pod: PodSlot) -> usize {
-        self.0.lock().get(&pod).map_or(0, Vec::len)
-    }
+/// All that are still open.
+pub fn list(agent: &Agent) -> Vec<ListedEarlier> {
+    let table = agent.pods.borrow().clone();
+    let open = table.serving.values().flat_map(|pod| pod.earlier.refreshed(&agent.kernel, pod.slot));
+    open.map(|unseen| listed(&unseen)).collect()
 }
 
 fn refused(world: &Snapshot, pod: &Pod, unseen: &Unseen) -> bool {

@@ -40,6 +40,7 @@ use crate::{
     affinity::Affinity,
     agent::Agent,
     connections::Owner,
+    earlier::Earlier,
     kernel::{self, HeldPod, KernelError, PodSlot},
     listeners,
     report::Failure,
@@ -72,6 +73,8 @@ pub struct Pod {
     pub tasks: TaskGroup,
     /// Its tunnels.
     pub pool: Pool,
+    /// What it had open before it was captured.
+    pub earlier: Earlier,
     /// Endpoints that it keeps.
     pub affinity: Affinity,
     /// What bounds its connections that pass through the agent: one pod must not use up the agent's descriptors.
@@ -621,11 +624,11 @@ fn prepare(agent: &Arc<Agent>, kept: Kept, netns: Netns) -> Result<(Pod, listene
     let captured = listeners::open(&netns).and_then(|listeners| {
         let slot = agent.kernel.enrol(&listeners::identity(&kept, &netns)?, &listeners.for_kernel())?;
         // What is not listed now could never be told from what is the mesh's, and would outlive STRICT.
-        agent.earlier.note(&agent.kernel, slot)?;
-        Ok((slot, listeners))
+        let earlier = Earlier::of(&agent.kernel, slot)?;
+        Ok(((slot, earlier), listeners))
     });
     match captured {
-        Ok((slot, listeners)) => Ok((agent.pod(kept, netns, slot), listeners)),
+        Ok((captured, listeners)) => Ok((agent.pod(kept, netns, captured), listeners)),
         Err(error) if before => Err(error),
         Err(error) => {
             agent.forget(&kept.pod.uid)?;

@@ -60,7 +60,7 @@ impl Floods {
         Self {
             idle: Bucket::new(10_000, 500, now),
             broken: Bucket::new(200, 50, now),
-            resets: Bucket::new(1000, 500, now),
+            resets: Bucket::new(500, 100, now),
         }
     }
 
