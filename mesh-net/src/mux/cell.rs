@@ -131,6 +131,11 @@ impl Core {
         self.cell.lock().answer.is_some()
     }
 
+    /// Whether the peer has sent nothing on it.
+    pub fn is_unused(&self) -> bool {
+        self.cell.lock().window.is_untouched()
+    }
+
     /// A DATA frame begins, which takes `size` from the window, `padding` of it for nothing.
     pub fn charge(&self, size: u32, padding: u32) -> bool {
         let mut cell = self.cell.lock();

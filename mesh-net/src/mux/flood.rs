@@ -49,8 +49,8 @@ pub struct Floods {
     idle: Bucket,
     /// Streams that it breaks.
     broken: Bucket,
-    /// Streams that it resets before they were answered (T-26). Applications that give up while a server does not
-    /// answer cause some; how many are at work at the same time has its own bound.
+    /// Streams that it resets without having sent a byte (T-26). Applications that give up while a server does not answer
+    /// cause some, and checks that only connect; how many are at work at the same time has its own bound.
     resets: Bucket,
 }
 

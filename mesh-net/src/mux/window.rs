@@ -119,6 +119,11 @@ impl Window {
         self.grant()
     }
 
+    /// Whether nothing has come.
+    pub fn is_untouched(&self) -> bool {
+        self.received == 0
+    }
+
     fn grant(&mut self) -> Option<u32> {
         let target = self.released + self.advance.0 + self.size;
         // Never more at a time than a window may be.

@@ -25,8 +25,9 @@ const SETTINGS: u8 = 4;
 const CONTINUATION: u8 = 9;
 const END_HEADERS: u8 = 4;
 const CANCEL: u32 = 8;
-/// A flood that is still taken after so many rounds is not bounded.
-const ROUNDS: u32 = 20_000;
+/// A flood that is still taken after so many rounds is not bounded. Many more than are taken: what is on its way when the
+/// peer makes an end counts as sent, seconds of it on a slow machine.
+const ROUNDS: u32 = 200_000;
 /// For the peer to act; it needs far less.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -74,7 +75,7 @@ pub fn floods(fixture: &Fixture) -> anyhow::Result<()> {
     for (name, preface, round) in FLOODS {
         let sent =
             flood(fixture, preface, *round, &format_authority(to)).with_context(|| (*name).to_owned())?;
-        ensure!(sent + 1 < ROUNDS, "{name}: taken without end");
+        ensure!(sent + 1 < ROUNDS, "{name}: {sent} were taken");
         ensure!(talk(&fixture.client, to).greeted(), "after {name} a good client is refused");
     }
     Ok(())

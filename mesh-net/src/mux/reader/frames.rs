@@ -251,7 +251,7 @@ impl Reader {
 
     fn peer_resets(&mut self, stream: u32, reason: Reason) -> Result<(), Broken> {
         let Found::Open(core) = self.find(stream)? else { return self.idle() };
-        if self.shared.is_server() && !core.is_answered() && !self.floods.reset() {
+        if self.shared.is_server() && core.is_unused() && !self.floods.reset() {
             return Err(Broken::flood("streams are opened to be reset"));
         }
         core.fail(Failure::Reset(reason)).now();
