@@ -228,7 +228,8 @@ impl Cluster {
             ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(&group, version, &plural), &plural);
         let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
         match within(ANSWER, api.list_metadata(&ListParams::default())).await? {
-            Ok(list) => Ok(list.items.len()),
+            // What is on its way out is nobody's use of the kind.
+            Ok(list) => Ok(list.items.iter().filter(|one| one.metadata.deletion_timestamp.is_none()).count()),
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(0),
             Err(error) => Err(ClusterError::new(kinds::CUSTOM_RESOURCE, error)),
         }
