@@ -296,8 +296,11 @@ impl Cluster {
                 continue;
             }
             let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource);
-            let listed = within(ANSWER, api.list_metadata(&ListParams::default())).await?;
-            let listed = listed.map_err(|error| ClusterError::new(kinds::CUSTOM_RESOURCE, error))?;
+            let listed = match within(ANSWER, api.list_metadata(&ListParams::default())).await? {
+                // The kind has gone since it was told.
+                Err(kube::Error::Api(status)) if status.code == 404 => continue,
+                listed => listed.map_err(|error| ClusterError::new(kinds::CUSTOM_RESOURCE, error))?,
+            };
             found.extend(listed.items.iter().map(|object| {
                 json!({"apiVersion": resource.api_version, "kind": resource.kind, "metadata": object.metadata})
             }));

@@ -106,11 +106,12 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     rest_of(cluster, namespace).await?;
     if !elsewhere {
         rest(cluster).await?;
-        if wish.definitions {
-            definitions(cluster).await?;
-        }
     }
+    // Before the definitions: a kind that is going cannot be listed.
     leave(cluster, namespace, record.as_ref(), deadline).await?;
+    if wish.definitions && !elsewhere {
+        definitions(cluster).await?;
+    }
     // Last of all: whoever comes again must know whose the namespace is.
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), AGENTS).await?;
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
