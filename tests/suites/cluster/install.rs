@@ -163,9 +163,12 @@ fn nothing_left(cluster: &Cluster) -> anyhow::Result<()> {
     ensure!(gone.trim().is_empty(), "the namespace stayed: {gone}");
     // Everything but definitions of kinds, in every namespace: of the waypoints, too.
     let kinds = "deployments,daemonsets,pods,services,serviceaccounts,configmaps,secrets,poddisruptionbudgets,leases,\
-                 roles,rolebindings,clusterroles,clusterrolebindings,gatewayclasses";
+                 roles,rolebindings,clusterroles,clusterrolebindings";
+    let class = "gatewayclasses.gateway.networking.k8s.io";
+    let known = !cluster.run(&["get", "crd", class, "--ignore-not-found", "-o", "name"])?.trim().is_empty();
+    let kinds = if known { format!("{kinds},gatewayclasses") } else { kinds.to_owned() };
     wait::until("nothing of ours to be at the API server", || {
-        let query = ["get", kinds, "-A", "-l", "app.kubernetes.io/part-of=undermesh", "-o", "name"];
+        let query = ["get", &kinds, "-A", "-l", "app.kubernetes.io/part-of=undermesh", "-o", "name"];
         let left = cluster.run(&query).map_err(|error| format!("{error:#}"))?;
         if left.trim().is_empty() { Ok(()) } else { Err(left) }
     })?;
