@@ -19,6 +19,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+use tokio_util::io::poll_read_buf;
 
 pub use self::chunks::Chunks;
 
@@ -178,25 +179,20 @@ pub trait Endpoint: Send + Unpin {
 
 impl Endpoint for TcpStream {
     fn poll_chunk(&mut self, cx: &mut Context<'_>, reader: &mut Reader) -> Poll<io::Result<Bytes>> {
-        loop {
-            // Readiness first, so that a connection that waits owns no buffer.
-            match self.poll_read_ready(cx) {
-                Poll::Pending => {
-                    reader.idle();
-                    return Poll::Pending;
-                }
-                Poll::Ready(ready) => ready?,
-            }
-            let space = reader.space();
-            match self.try_read_buf(space) {
-                Ok(_) => {
-                    let filled = space.len() == space.capacity();
-                    return Poll::Ready(Ok(reader.take(filled)));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
+        // Readiness first, so that a connection that waits owns no buffer.
+        if self.poll_read_ready(cx)?.is_pending() {
+            reader.idle();
+            return Poll::Pending;
         }
+        // Not `try_read_buf`: after a short read that one asks the socket once more, to hear that there is nothing.
+        let space = reader.space();
+        if poll_read_buf(Pin::new(self), cx, space)?.is_pending() {
+            // It only seemed ready.
+            reader.idle();
+            return Poll::Pending;
+        }
+        let filled = space.len() == space.capacity();
+        Poll::Ready(Ok(reader.take(filled)))
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {

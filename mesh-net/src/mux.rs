@@ -122,8 +122,8 @@ pub struct Shared {
     driving: Arc<Driving>,
     /// Shortest round trip seen, microseconds; 0 is none.
     round_trip: AtomicU64,
-    /// The number of the last PING of ours that was answered.
-    answered: AtomicU64,
+    /// What the PING of ours says that is not answered yet; [`Pings::NONE`] if there is none.
+    asked: AtomicU64,
     pong: Notify,
 }
 
@@ -155,7 +155,7 @@ impl Shared {
             driver: driving.clone().into(),
             driving,
             round_trip: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
+            asked: AtomicU64::new(Pings::NONE),
             pong: Notify::new(),
         })
     }
@@ -298,6 +298,10 @@ impl Shared {
             table.ended.get_or_insert_with(|| cause.clone());
             (table.beyond(0), table.opening(), table.last_of_peer())
         };
+        // Before those who wait for room are woken: whoever looks once more finds the failure, and waits for nothing.
+        for core in streams {
+            core.fail(Failure::Lost(cause.clone())).now();
+        }
         let waiting = {
             let mut out = self.out.lock();
             if let Some(reason) = goodbye {
@@ -308,9 +312,6 @@ impl Shared {
             }
             out.waiting()
         };
-        for core in streams {
-            core.fail(Failure::Lost(cause.clone())).now();
-        }
         opening.into_iter().for_each(Waker::wake);
         wake_all(waiting);
         self.pump();

@@ -74,10 +74,9 @@ impl Chunks {
 
     /// To be called after bytes of the first one were taken.
     pub(super) fn settle(&mut self) {
-        if self.first.is_empty()
-            && let Some(next) = self.more.pop_front()
-        {
-            self.first = next;
+        if self.first.is_empty() {
+            // An empty slice would still hold on to its buffer.
+            self.first = self.more.pop_front().unwrap_or_default();
         }
         self.size = self.first.len() + self.more.iter().map(Bytes::len).sum::<usize>();
     }

@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 
 use super::{Failure, frame::LARGEST, head::Head, window::Window};
 
-/// Shorter bytes that have to wait are copied: they would hold on to the whole buffer that they came in, and a peer
+/// Bytes that are less than this part of the buffer they came in are copied: they would hold on to all of it, and a peer
 /// that sends one at a time would take a hundred times its window.
-const COPIED_BYTES: usize = 4 << 10;
+const COPIED_PART: usize = 16;
 
 /// What reader and holder of a stream share.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub(super) struct Cell {
     pub(super) queue: VecDeque<Bytes>,
     /// Short ones that came after those in the queue.
     pub(super) tail: BytesMut,
+    /// Taken by the reader and not yet released, bytes.
+    pub(super) handed: usize,
     pub(super) window: Window,
     pub(super) received_all: bool,
     pub(super) reader: Option<Waker>,
@@ -36,19 +38,29 @@ pub(super) struct Cell {
     pub(super) visit: u32,
     pub(super) sent_all: bool,
     pub(super) writer: Option<Waker>,
+    /// It may be among those who wait for room on the connection.
+    pub(super) parked: bool,
     pub(super) failure: Option<Failure>,
 }
 
 impl Cell {
     /// The next bytes, if any wait.
     pub(super) fn pop(&mut self) -> Option<Bytes> {
-        self.queue.pop_front().or_else(|| (!self.tail.is_empty()).then(|| self.tail.split().freeze()))
+        let next =
+            self.queue.pop_front().or_else(|| (!self.tail.is_empty()).then(|| self.tail.split().freeze()));
+        self.handed += next.as_ref().map_or(0, Bytes::len);
+        next
     }
 
-    fn push(&mut self, payload: Bytes) {
-        if self.queue.is_empty() && self.tail.is_empty() {
-            self.queue.push_back(payload);
-        } else if payload.len() < COPIED_BYTES {
+    /// Of `size` bytes that the reader is done with, those that were not given back before.
+    pub(super) fn settle(&mut self, size: usize) -> usize {
+        let size = size.min(self.handed);
+        self.handed -= size;
+        size
+    }
+
+    fn push(&mut self, payload: Bytes, buffer: usize) {
+        if payload.len().saturating_mul(COPIED_PART) < buffer {
             self.tail.extend_from_slice(&payload);
         } else {
             if !self.tail.is_empty() {
@@ -58,9 +70,10 @@ impl Cell {
         }
     }
 
-    /// Drops what nobody reads; returns how much it was.
+    /// Drops what nobody reads or has given back; returns how much it was.
     pub(super) fn clear(&mut self) -> usize {
-        let size = self.queue.iter().map(Bytes::len).sum::<usize>() + self.tail.len();
+        let waiting = self.queue.iter().map(Bytes::len).sum::<usize>() + self.tail.len();
+        let size = waiting + std::mem::take(&mut self.handed);
         (self.queue, self.tail) = (VecDeque::new(), BytesMut::new());
         size
     }
@@ -103,6 +116,7 @@ impl Core {
             answer: None,
             queue: VecDeque::new(),
             tail: BytesMut::new(),
+            handed: 0,
             window: Window::new(window),
             received_all,
             reader: None,
@@ -110,6 +124,7 @@ impl Core {
             visit: 0,
             sent_all: false,
             writer: None,
+            parked: false,
             failure: None,
         };
         Arc::new(Self { id, cell: Mutex::new(cell) })
@@ -122,7 +137,8 @@ impl Core {
             return None;
         }
         cell.answer = Some(Some(head));
-        cell.received_all = end;
+        // The end of its half may have come before, from a peer that does not wait with it.
+        cell.received_all |= end;
         Some((Wake([cell.reader.take(), None]), cell.is_over()))
     }
 
@@ -131,9 +147,10 @@ impl Core {
         self.cell.lock().answer.is_some()
     }
 
-    /// Whether the peer has sent nothing on it.
+    /// Whether nothing has become of it: the peer has sent nothing, or was not answered.
     pub fn is_unused(&self) -> bool {
-        self.cell.lock().window.is_untouched()
+        let cell = self.cell.lock();
+        cell.window.is_untouched() || cell.answer.is_none()
     }
 
     /// A DATA frame begins, which takes `size` from the window, `padding` of it for nothing.
@@ -144,8 +161,8 @@ impl Core {
         fits
     }
 
-    /// Bytes came; `fits` is what [`Self::charge`] said.
-    pub fn receive(&self, payload: Bytes, fits: bool, end: bool) -> Taken {
+    /// Bytes came, in a buffer of `buffer` bytes; `fits` is what [`Self::charge`] said.
+    pub fn receive(&self, (payload, buffer): (Bytes, usize), fits: bool, end: bool) -> Taken {
         let mut cell = self.cell.lock();
         if cell.failure.is_some() {
             return Taken::Unwanted;
@@ -157,7 +174,7 @@ impl Core {
             return Taken::TooMuch;
         }
         if !payload.is_empty() {
-            cell.push(payload);
+            cell.push(payload, buffer);
         }
         cell.received_all = end;
         Taken::Queued(Wake([cell.reader.take(), None]), cell.is_over())
@@ -165,7 +182,7 @@ impl Core {
 
     /// The peer ends its half without bytes.
     pub fn end(&self) -> Taken {
-        self.receive(Bytes::new(), true, true)
+        self.receive((Bytes::new(), 0), true, true)
     }
 
     /// The peer takes more, or less. Whether the window is still one.

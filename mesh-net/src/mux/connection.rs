@@ -36,7 +36,6 @@ pub struct Handle {
 /// Asks the peer whether it is there.
 pub struct Pings {
     shared: Arc<Shared>,
-    sent: u64,
 }
 
 /// Our end of a connection that we dialled. Says what we are and waits for nothing.
@@ -125,7 +124,7 @@ impl Connection {
 
     /// Asks whether the peer is there.
     pub fn pings(&self) -> Pings {
-        Pings { shared: self.shared.clone(), sent: 0 }
+        Pings { shared: self.shared.clone() }
     }
 
     /// Lets the last words out.
@@ -174,14 +173,26 @@ impl Drop for Handle {
 }
 
 impl Pings {
+    /// No question.
+    pub(super) const NONE: u64 = 0;
+
+    /// A number that the peer cannot answer before it has heard it.
+    fn question() -> u64 {
+        let mut bytes = [0; 8];
+        // Without randomness it can be guessed, which is all that is lost: no key is made of it.
+        let _ = aws_lc_rs::rand::fill(&mut bytes);
+        u64::from_be_bytes(bytes).max(Self::NONE + 1)
+    }
+
     /// Returns when the peer has answered. The caller has the deadline.
     pub async fn ping(&mut self) {
-        self.sent += 1;
         let begun = Instant::now();
+        let asked = Self::question();
+        self.shared.asked.store(asked, Ordering::Relaxed);
         let mut frames = Vec::new();
-        super::frame::ping(self.sent.to_be_bytes(), 0, &mut frames);
+        super::frame::ping(asked.to_be_bytes(), 0, &mut frames);
         self.shared.send_control(&frames);
-        while self.shared.answered.load(Ordering::Relaxed) < self.sent {
+        while self.shared.asked.load(Ordering::Relaxed) == asked {
             self.shared.pong.notified().await;
         }
         self.shared.measured(begun.elapsed());

@@ -82,6 +82,10 @@ impl Decoder {
             };
             begun = true;
             total = total.saturating_add(size);
+            // A byte can stand for 4 KiB: beyond this nobody means it, and the table is worth no more work.
+            if total > 4 * list {
+                return Err(Malformed);
+            }
         }
         (self.name, self.value) = (Vec::new(), Vec::new());
         Ok(total <= list)

@@ -30,10 +30,12 @@ const SEALED_BYTES: usize = 128 << 10;
 /// others, who carry much, take as soon as there is any.
 const FAIR_BYTES: usize = 4 << 10;
 /// What one stream seals before others may.
-pub const TURN_BYTES: usize = 64 << 10;
+const TURN_BYTES: usize = 64 << 10;
+/// What fits into one record.
+const RECORD_BYTES: usize = 16 << 10;
 /// What one task writes to the socket, for itself and others, before the driver goes on.
 const WRITE_BYTES: usize = 256 << 10;
-/// Answers that a peer may have asked for and not read.
+/// Answers that a peer may have asked for and not read, streams that it has opened included.
 const REPLIES: usize = 1000;
 
 /// The half of a transport that is written to.
@@ -103,6 +105,13 @@ impl Out {
         usize::try_from(self.window).map_or(0, |window| window.min(room))
     }
 
+    /// What one DATA frame carries at most, bytes: with its head it fills whole records, if it fills any.
+    pub fn largest(&self) -> usize {
+        let most = self.frame.min(TURN_BYTES);
+        let whole = (most + frame::HEAD_BYTES) / RECORD_BYTES * RECORD_BYTES;
+        if whole == 0 { most } else { whole - frame::HEAD_BYTES }
+    }
+
     /// Whether any stream may seal anything.
     pub fn has_room(&self) -> bool {
         self.room(self.visit) > 0
@@ -114,6 +123,27 @@ impl Out {
             Some((_, old)) => old.clone_from(waker),
             None => self.waiting.push((stream, waker.clone())),
         }
+    }
+
+    /// `stream` waits no more.
+    pub fn forget(&mut self, stream: u32) {
+        self.waiting.retain(|(other, _)| *other != stream);
+    }
+
+    /// One more answer to what the peer has begun.
+    pub fn owe(&mut self) {
+        self.replies.0 += 1;
+    }
+
+    /// Whether the peer reads its answers.
+    ///
+    /// # Errors
+    /// It does not, and asks for more.
+    pub fn is_read(&self) -> Result<(), Broken> {
+        if self.replies.0 + self.replies.1 > REPLIES {
+            return Err(Broken::flood("answers are not read"));
+        }
+        Ok(())
     }
 
     /// Everybody who waits for room.
@@ -154,12 +184,15 @@ impl Out {
     /// It asks and does not read.
     pub fn reply(&mut self, frames: &[u8], count: usize) -> Result<(), Broken> {
         self.replies.0 += count;
-        if self.replies.0 + self.replies.1 > REPLIES {
-            return Err(Broken::flood("answers are not read"));
-        }
+        self.is_read()?;
         // What cannot be sealed is behind the end; the socket tells its own story.
         let _ = self.control(frames);
         Ok(())
+    }
+
+    /// Replaces our key and asks the peer to replace its own.
+    pub fn ask_for_key(&mut self) -> Result<(), RecordError> {
+        self.sealer.update_key(true, &mut self.sealed)
     }
 
     /// Replaces our key because the peer asks for it.

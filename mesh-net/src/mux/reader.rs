@@ -56,6 +56,8 @@ pub struct Reader {
     opener: Opener,
     incoming: BytesMut,
     want: usize,
+    /// The buffer that the last bytes came in, bytes.
+    buffer: usize,
     /// What is left of the last record.
     plain: Bytes,
     parser: Parser,
@@ -82,6 +84,7 @@ impl Reader {
             opener,
             incoming,
             want: FIRST_READ_BYTES,
+            buffer: 0,
             plain: Bytes::new(),
             parser,
             decoder: Decoder::default(),
@@ -183,7 +186,14 @@ impl Reader {
                 Err(broken) => return Poll::Ready(Err(Cause::Broken(broken))),
             }
             match self.opener.open(&mut self.incoming) {
-                Ok(Opened::Data(plain)) => self.plain = plain,
+                Ok(Opened::Data(plain)) => {
+                    self.plain = plain;
+                    if self.opener.wants_key() {
+                        let outcome = self.shared.out.lock().ask_for_key();
+                        self.shared.pump();
+                        outcome.map_err(|error| Cause::Io(Arc::new(error.into())))?;
+                    }
+                }
                 Ok(Opened::Nothing) => {}
                 Ok(Opened::KeyAsked) => {
                     let outcome = self.shared.out.lock().rekey();
@@ -215,7 +225,8 @@ impl Reader {
         }
         let lacks = Opener::lacks(&self.incoming);
         self.incoming.reserve(self.want.max(lacks));
-        let room = self.incoming.capacity() - self.incoming.len();
+        self.buffer = self.incoming.capacity();
+        let room = self.buffer - self.incoming.len();
         match poll_read_buf(Pin::new(&mut self.io), cx, &mut self.incoming) {
             Poll::Ready(Ok(0)) => Poll::Ready(Err(Cause::io(std::io::ErrorKind::UnexpectedEof))),
             Poll::Ready(Ok(size)) => {

@@ -14,7 +14,7 @@ use super::{
     cell::Core,
     frame::{self, Reason},
     head::Head,
-    out::{Out, TURN_BYTES},
+    out::Out,
 };
 use crate::record::RecordError;
 
@@ -78,14 +78,16 @@ impl Stream {
     /// `size` bytes were read: the peer may send as much again.
     pub fn release(&self, size: usize) {
         let round_trip = self.shared.round_trip();
-        let due = {
+        let (size, due) = {
             let mut cell = self.core.cell.lock();
+            let size = cell.settle(size);
             cell.window.release(size);
-            if cell.received_all || cell.failure.is_some() {
+            let due = if cell.received_all || cell.failure.is_some() {
                 None
             } else {
                 cell.window.due(Instant::now, round_trip)
-            }
+            };
+            (size, due)
         };
         let mut frames = Vec::new();
         if let Some(increment) = due {
@@ -114,11 +116,14 @@ impl Stream {
         }
         let room = out.room(cell.visit);
         if room == 0 {
+            // The end of the stream wakes it as well.
+            register(&mut cell.writer, cx);
+            cell.parked = true;
             drop(cell);
             out.wait(self.core.id, cx.waker());
             return Poll::Pending;
         }
-        let size = data.len().min(window).min(room).min(out.frame).min(TURN_BYTES);
+        let size = data.len().min(window).min(room).min(out.largest());
         cell.send_window -= i64::try_from(size).unwrap_or(i64::MAX);
         cell.visit = out.visit;
         drop(cell);
@@ -149,6 +154,7 @@ impl Stream {
             }
             cell.answer.get_or_insert(None);
         }
+        out.owe();
         let sealed = out.headers(self.core.id, block, false);
         drop(out);
         self.shared.pump();
@@ -167,6 +173,9 @@ impl Stream {
         }
         let over = cell.is_over();
         drop(cell);
+        if self.shared.is_server() {
+            out.owe();
+        }
         let sealed = seal(&mut out);
         drop(out);
         self.shared.pump();
@@ -178,18 +187,24 @@ impl Stream {
 
     /// Ends both halves at once.
     pub fn reset(&self, reason: Reason) {
-        let (open, dropped) = {
+        let (open, dropped, parked) = {
             let mut cell = self.core.cell.lock();
             let open = !cell.is_over();
             if open {
                 cell.failure = Some(Failure::Reset(reason));
             }
-            (open, cell.clear())
+            (open, cell.clear(), std::mem::take(&mut cell.parked))
         };
+        if parked {
+            self.shared.out.lock().forget(self.core.id);
+        }
         let mut frames = Vec::new();
         if open {
             self.shared.remove(self.core.id, true);
             frame::reset(self.core.id, reason, &mut frames);
+            if self.shared.is_server() {
+                self.shared.out.lock().owe();
+            }
         }
         self.shared.release(dropped, &mut frames);
         if !frames.is_empty() {

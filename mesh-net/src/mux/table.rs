@@ -12,8 +12,8 @@ use super::{
     frame::{Broken, LARGEST},
 };
 
-/// Streams whose late frames mean nothing: we have reset them.
-const FORGOTTEN: usize = 256;
+/// Streams whose late frames mean nothing: we have reset them. As many as we may reset before the peer hears of it.
+const FORGOTTEN: usize = 2 * super::HELD_STREAMS;
 
 /// Which end we are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,13 @@ use super::frame::LARGEST;
 
 /// All that may be promised beyond the windows that every stream and connection begin with, bytes.
 const BUDGET_BYTES: usize = 256 << 20;
-/// Largest window of a stream or connection, bytes: 10 Gbit/s over 100 ms.
-const LARGEST_WINDOW_BYTES: u64 = 128 << 20;
+/// The part of it that larger windows may take. The rest is for what waits: windows that are large for some must not
+/// leave others behind a reader that stalls.
+const GROWN_BYTES: usize = BUDGET_BYTES / 2;
+/// Largest window of a stream or connection, bytes: 10 Gbit/s over 50 ms.
+const LARGEST_WINDOW_BYTES: u64 = 64 << 20;
+/// The peer tells the round trip, by when it answers; it does not tell us to believe in longer ones.
+const LONGEST_ROUND_TRIP: Duration = Duration::from_millis(300);
 
 /// What the process has promised: the memory that it bounds is the process's, so it is one for all connections.
 static PROMISED: AtomicUsize = AtomicUsize::new(0);
@@ -25,10 +30,10 @@ static PROMISED: AtomicUsize = AtomicUsize::new(0);
 struct Promise(u64);
 
 impl Promise {
-    /// Takes `bytes` more, if they are there.
-    fn grow(&mut self, bytes: u64) -> bool {
+    /// Takes `bytes` more, if that leaves the process below `most`.
+    fn grow(&mut self, bytes: u64, most: usize) -> bool {
         let Ok(size) = usize::try_from(bytes) else { return false };
-        let more = |now: usize| now.checked_add(size).filter(|sum| *sum <= BUDGET_BYTES);
+        let more = |now: usize| now.checked_add(size).filter(|sum| *sum <= most);
         let taken = PROMISED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok();
         self.0 += if taken { bytes } else { 0 };
         taken
@@ -102,9 +107,10 @@ impl Window {
             return None;
         }
         let now = now();
+        let round_trip = round_trip.min(LONGEST_ROUND_TRIP);
         let rushed = self.updated.is_some_and(|then| now.saturating_duration_since(then) < 2 * round_trip);
         self.updated = Some(now);
-        if rushed && self.size < LARGEST_WINDOW_BYTES && self.grown.grow(self.size) {
+        if rushed && self.size < LARGEST_WINDOW_BYTES && self.grown.grow(self.size, GROWN_BYTES) {
             self.size *= 2;
         }
         self.grant()
@@ -113,7 +119,7 @@ impl Window {
     /// Gives in advance what waits for readers, if more than half of the window does.
     pub fn relieve(&mut self) -> Option<u32> {
         let hidden = self.waiting().saturating_sub(self.advance.0);
-        if hidden < self.size / 2 || !self.advance.grow(hidden) {
+        if hidden < self.size / 2 || !self.advance.grow(hidden, BUDGET_BYTES) {
             return None;
         }
         self.grant()

@@ -8,7 +8,8 @@ use super::{HEADER_BYTES, RecordError, TAG_BYTES};
 
 /// Records that one key protects before it is replaced: half of what AES-GCM may (RFC 8446 5.5).
 pub(super) const KEY_RECORDS: u64 = 1 << 23;
-/// Records after which a key is not used any more, whatever happened to its replacement.
+/// Records after which a key seals nothing more, whatever happened to its replacement. What it opens is the peer's to
+/// limit, and peers there are that never do: they are asked for a new key then, and go on meanwhile.
 const LAST_RECORD: u64 = 1 << 24;
 
 /// A key and the number of its next record. The key is wiped when it is dropped, by aws-lc.
@@ -36,16 +37,22 @@ impl Key {
         self.sequence >= KEY_RECORDS
     }
 
+    /// Whether it has protected all that it should.
+    pub(super) fn is_spent(&self) -> bool {
+        self.sequence >= LAST_RECORD
+    }
+
     fn nonce(&mut self) -> Result<Nonce, RecordError> {
-        if self.sequence >= LAST_RECORD {
-            return Err(RecordError::Exhausted);
-        }
         let mut nonce = *self.iv;
         for (byte, mask) in nonce[4..].iter_mut().zip(self.sequence.to_be_bytes()) {
             *byte ^= mask;
         }
-        self.sequence += 1;
+        self.sequence = self.sequence.checked_add(1).ok_or(RecordError::Exhausted)?;
         Ok(Nonce::assume_unique_for_key(nonce))
+    }
+
+    fn sealing_nonce(&mut self) -> Result<Nonce, RecordError> {
+        if self.is_spent() { Err(RecordError::Exhausted) } else { self.nonce() }
     }
 
     /// Seals `plain` and the content type into `out`, which has just the room.
@@ -56,7 +63,7 @@ impl Key {
         content_type: u8,
         out: &mut [u8],
     ) -> Result<(), RecordError> {
-        let nonce = self.nonce()?;
+        let nonce = self.sealing_nonce()?;
         let (body, end) = out.split_at_mut(plain.len());
         self.aead
             .seal_out_of_place_scatter(nonce, Aad::from(header), plain, body, &[content_type], end)
@@ -70,7 +77,7 @@ impl Key {
         content_type: u8,
         out: &mut [u8],
     ) -> Result<(), RecordError> {
-        let nonce = self.nonce()?;
+        let nonce = self.sealing_nonce()?;
         let (body, end) = out.split_at_mut(out.len() - TAG_BYTES - 1);
         self.aead
             .seal_in_place_scatter(nonce, Aad::from(header), body, &[content_type], end)

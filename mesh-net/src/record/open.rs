@@ -38,11 +38,13 @@ pub struct Opener {
     message: Vec<u8>,
     fruitless: u32,
     closed: bool,
+    /// The peer was asked for a new key instead of this one.
+    asked: bool,
 }
 
 impl Opener {
     pub(super) fn new(key: Key, secrets: Arc<Mutex<Secrets>>) -> Self {
-        Self { key, secrets, message: Vec::new(), fruitless: 0, closed: false }
+        Self { key, secrets, message: Vec::new(), fruitless: 0, closed: false, asked: false }
     }
 
     /// How many bytes the record at the front of `buffer` still lacks.
@@ -52,6 +54,11 @@ impl Opener {
             _ => HEADER_BYTES,
         };
         whole.min(RECORD_BYTES).saturating_sub(buffer.len())
+    }
+
+    /// Whether the peer is to be asked for a new key, once for each: it uses one for more than it should.
+    pub fn wants_key(&mut self) -> bool {
+        self.key.is_spent() && !std::mem::replace(&mut self.asked, true)
     }
 
     /// Takes one record from the front of `buffer` and opens it in place.
@@ -148,6 +155,7 @@ impl Opener {
                 };
                 let next = self.secrets.lock().next_rx().map_err(RecordError::Rustls)?;
                 self.key = Key::new(next)?;
+                self.asked = false;
                 if payload == [1] {
                     opened = Opened::KeyAsked;
                 }

@@ -278,12 +278,14 @@ fn a_worn_key_is_replaced_before_its_limit() {
     assert_eq!(opener.open(&mut incoming).unwrap(), Opened::Nothing, "the new key is announced");
     assert_eq!(opener.open(&mut incoming).unwrap(), Opened::Data(vec![2; 10].into()));
     assert_eq!(opener.open(&mut incoming).unwrap(), Opened::Short);
-    // A key that nobody replaced is not used for ever.
+    // A peer that never replaces its key is asked to, once, and is understood all the same.
+    assert!(!opener.wants_key());
     opener.worn_by(1 << 24);
+    assert_eq!([opener.wants_key(), opener.wants_key()], [true, false]);
     out.consume(out.len());
-    sealer.seal(&[b"late"], &mut out).unwrap();
+    sealer.update_key(false, &mut out).unwrap();
     let late = opener.open(&mut BytesMut::from(out.pending()));
-    assert!(matches!(late, Err(RecordError::Exhausted)), "{late:?}");
+    assert!(matches!(late, Err(RecordError::Tampered)), "it is looked at: {late:?}");
 }
 
 #[test]

@@ -90,7 +90,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 return Poll::Ready(Err(error.clone().into()));
             }
             match self.opener.open(&mut self.incoming) {
-                Ok(Opened::Data(plain)) => self.plain = plain,
+                Ok(Opened::Data(plain)) => {
+                    self.plain = plain;
+                    if self.opener.wants_key() {
+                        self.sealer.update_key(true, &mut self.outgoing)?;
+                        let _ = self.poll_drain(cx)?;
+                    }
+                }
                 Ok(Opened::Nothing) => {}
                 Ok(Opened::Closed) => self.ended = true,
                 // One answer stands for all wishes until it is out (RFC 8446 4.6.3): a peer that asks and does not read

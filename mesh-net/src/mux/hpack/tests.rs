@@ -129,7 +129,9 @@ fn a_bomb_is_counted_and_not_built() {
     let mut decoder = Decoder::default();
     let mut block = Encoder::default().literal(b"x", &[b'a'; 3900]).finish();
     block[0] = 0x40;
-    block.extend([0xbe; 200]);
+    let swollen = [&block[..], &[0xbe; 200]].concat();
+    assert_eq!(Decoder::default().decode(&swollen, 16 << 10, |_, _| {}), Err(Malformed));
+    block.extend([0xbe; 10]);
     let (mut shown, mut count) = (0, 0);
     let all = decoder.decode(&block, 16 << 10, |name, value| {
         shown += name.len() + value.len() + ENTRY_BYTES;

@@ -7,10 +7,11 @@ use mesh_core::limits::{HEADER_LIST_BYTES, STREAM_WINDOW_BYTES};
 
 use super::{Reader, Request};
 use crate::mux::{
-    DRAIN_PING, Failure, HELD_STREAMS, STREAMS,
+    DRAIN_PING, Failure, HELD_STREAMS, Pings, STREAMS,
     cell::{Core, Taken, Wake},
     frame::{self, Broken, LARGEST, Reason, Settings, flags},
     head::{self, Block},
+    hpack::Encoder,
     out::wake_all,
     parse::{Data, Frame},
     stream::Stream,
@@ -45,8 +46,17 @@ impl Reader {
             }
             Frame::Pong(payload) => {
                 self.idle()?;
-                self.shared.answered.fetch_max(u64::from_be_bytes(payload), Ordering::Relaxed);
-                self.shared.pong.notify_one();
+                // Another number than the one asked about is no answer.
+                let asked = u64::from_be_bytes(payload);
+                let none = Pings::NONE;
+                if self
+                    .shared
+                    .asked
+                    .compare_exchange(asked, none, Ordering::Relaxed, Ordering::Relaxed)
+                    .is_ok()
+                {
+                    self.shared.pong.notify_one();
+                }
             }
             Frame::GoAway { last, reason } => self.peer_leaves(last, reason),
             Frame::Window { stream: 0, increment } => {
@@ -129,7 +139,7 @@ impl Reader {
         match self.find(stream)? {
             Found::Open(core) => {
                 let fits = charge.is_none_or(|(size, padding)| core.charge(size, padding));
-                match core.receive(payload, fits, end) {
+                match core.receive((payload, self.buffer), fits, end) {
                     Taken::Queued(wake, over) => {
                         wake.now();
                         if over {
@@ -154,6 +164,7 @@ impl Reader {
         let list = usize::try_from(HEADER_LIST_BYTES).unwrap_or(usize::MAX);
         // Read whatever becomes of it: the next ones depend on it.
         let block = head::read(&mut self.decoder, block, list).map_err(broken)?;
+        self.shared.out.lock().is_read()?;
         let found = {
             let mut table = self.shared.table.lock();
             match table.find(stream) {
@@ -170,7 +181,11 @@ impl Reader {
         };
         match found {
             Found::Open(core) => self.later_headers(&core, block, end)?,
-            Found::Late => self.idle()?,
+            // A block is more work than other frames that come to nothing.
+            Found::Late if !self.floods.broken() => {
+                return Err(Broken::flood("too many headers of streams that are over"));
+            }
+            Found::Late => {}
             Found::Closed => self.reset(stream, None, Reason::STREAM_CLOSED)?,
         }
         Ok(None)
@@ -182,8 +197,11 @@ impl Reader {
             Block::Head(head) if head.is_request() => head,
             Block::TooLong => {
                 let block = head::answer(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, &HeaderMap::new());
+                // It may be the first block of all.
+                let block = [&[Encoder::NO_TABLE], &block[..]].concat();
                 let limits = (true, frame::DEFAULT_FRAME_BYTES);
                 frame::headers(stream, &block, limits, &mut self.replies.0);
+                self.replies.1 += 1;
                 self.reset(stream, None, Reason::NO_ERROR)?;
                 return Ok(None);
             }
@@ -266,13 +284,16 @@ impl Reader {
         if let Some(size) = settings.frame {
             self.shared.out.lock().frame = usize::try_from(size).unwrap_or(frame::DEFAULT_FRAME_BYTES);
         }
-        let (mut wakes, mut opening) = (Vec::new(), Vec::new());
+        let (mut wakes, mut opening, mut broken) = (Vec::new(), Vec::new(), Ok(()));
         {
             let mut table = self.shared.table.lock();
             if let Some(window) = settings.window {
                 let by = i64::from(window) - i64::from(std::mem::replace(&mut table.window, window));
                 for core in table.iter() {
-                    wakes.push(core.widen(by).ok_or(Broken::window("INITIAL_WINDOW_SIZE"))?);
+                    match core.widen(by) {
+                        Some(wake) => wakes.push(wake),
+                        None => broken = Err(Broken::window("INITIAL_WINDOW_SIZE")),
+                    }
                 }
             }
             let first = !std::mem::replace(&mut self.greeted, true);
@@ -288,6 +309,7 @@ impl Reader {
         }
         wakes.into_iter().for_each(Wake::now);
         opening.into_iter().for_each(Waker::wake);
+        broken?;
         frame::settings_ack(&mut self.replies.0);
         self.replies.1 += 1;
         Ok(())

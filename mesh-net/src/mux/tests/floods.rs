@@ -132,7 +132,7 @@ async fn a_list_of_headers_that_is_too_long_is_answered_431() {
     let mut kept = Encoder::default().literal(b"x", &[b'a'; 3000]).finish();
     kept[0] = 0x40;
     block.extend(kept);
-    block.extend([0xbe; 100]);
+    block.extend([0xbe; 15]);
     raw.frame(kind::HEADERS, flags::END_HEADERS, 1, &block).await;
     let frame = raw.until(|frame| matches!(frame, Frame::Headers { stream: 1, .. })).await;
     let Frame::Headers { block, end: true, .. } = frame else { panic!("{frame:?}") };
@@ -205,4 +205,59 @@ proptest::proptest! {
             }
         });
     }
+}
+
+/// Streams that are answered and over at once are no way around the bound on answers.
+#[tokio::test]
+async fn answers_to_streams_that_are_not_read_end_the_connection() {
+    // By the driver itself, as requests are that no tunnel is for.
+    let (mut raw, tasks, ended) = Raw::client(|stream: Stream| {
+        let _ = stream.answer(&[0x88], true);
+        std::future::ready(())
+    })
+    .await;
+    let flood = async {
+        for stream in (1..400_000).step_by(2) {
+            let block =
+                framed(kind::HEADERS, flags::END_HEADERS | flags::END_STREAM, stream, &connect_block());
+            if raw.try_write(&block).await.is_err() {
+                break;
+            }
+        }
+    };
+    let cause = async { tokio::time::timeout(LONG, ended).await.expect("the flood is cut").unwrap() };
+    let ((), cause) = tokio::join!(flood, cause);
+    let calm = matches!(cause, Cause::Broken(Broken { reason: Reason::ENHANCE_YOUR_CALM, .. }));
+    assert!(calm && tasks.panics() == 0, "{cause}");
+}
+
+/// Two bytes for four thousand, again and again.
+#[tokio::test]
+async fn a_block_that_swells_beyond_all_bounds_ends_the_connection() {
+    let (mut raw, _tasks, _ended) = Raw::client(echoing).await;
+    let name = [vec![0x40, 0x7f, 0x80, 0x1f], vec![b'x'; 127 + (0x1f << 7)], vec![0]].concat();
+    let mut block = name;
+    block.extend([0x7e, 0].repeat(2_000));
+    raw.frame(kind::HEADERS, flags::END_HEADERS, 1, &block).await;
+    assert_eq!(raw.goes_away().await.1, Reason::COMPRESSION_ERROR);
+}
+
+/// A byte that waits does not hold on to the large buffer that it came in.
+#[test]
+fn what_is_small_is_copied_out_of_its_buffer() {
+    let buffer = Bytes::from(vec![1; 256 << 10]);
+    let core = cell::Core::new(1, 0, 1 << 20, false);
+    for size in [1, 4 << 10, 16 << 10] {
+        let slice = buffer.slice(..size);
+        assert!(core.charge(u32::try_from(size).unwrap(), 0));
+        assert!(matches!(core.receive((slice, buffer.len()), true, false), cell::Taken::Queued(..)));
+    }
+    let mut cell = core.cell.lock();
+    let all: Vec<Bytes> = std::iter::from_fn(|| cell.pop()).collect();
+    let within = |bytes: &Bytes| buffer.as_ptr_range().contains(&bytes.as_ptr());
+    assert_eq!(
+        all.iter().map(|bytes| (bytes.len(), within(bytes))).collect::<Vec<_>>(),
+        [(4097, false), (16 << 10, true)]
+    );
+    assert_eq!(cell.clear(), 4097 + (16 << 10));
 }

@@ -48,13 +48,13 @@ async fn a_sender_keeps_to_both_windows_and_the_frame_size() {
     let (mut raw, _tasks, _ended) = Raw::client(sender(300_000)).await;
     raw.connect(1, false).await;
     // Both windows are the default.
-    assert_eq!(arrived(&mut raw, 1).await, (65_535, 16_384));
+    assert_eq!(arrived(&mut raw, 1).await, (65_535, 16_375));
     raw.write(&update(1, 100_000)).await;
     assert_eq!(arrived(&mut raw, 1).await.0, 0, "the connection's is used up");
     raw.write(&update(0, 50_000)).await;
     assert_eq!(arrived(&mut raw, 1).await.0, 50_000);
     raw.write(&[setting(5, 30_000), update(0, 1_000_000)].concat()).await;
-    assert_eq!(arrived(&mut raw, 1).await, (50_000, 30_000));
+    assert_eq!(arrived(&mut raw, 1).await, (50_000, 16_375), "whole records");
     raw.write(&update(1, 1_000_000)).await;
     assert_eq!(arrived(&mut raw, 1).await.0, 300_000 - 65_535 - 100_000);
 }
@@ -177,4 +177,97 @@ async fn streams_wait_for_a_place_that_the_server_gives() {
     assert!(waits && handle.permitted() == 1);
     drop(first);
     tokio::time::timeout(LONG, second.as_mut()).await.unwrap().unwrap();
+}
+
+/// What a reader had in its hand when it was dropped is given back to the connection.
+#[tokio::test]
+async fn a_stream_dropped_with_bytes_in_hand_gives_them_back() {
+    let (near, far) = duplex(1 << 20);
+    let (near, far) = tls(near, far).await;
+    let tasks = TaskGroup::new();
+    let (handle, connection) = client(near);
+    let _client = serve(&tasks, connection, |_| async { unreachable!() });
+    let ours = server(far).await.unwrap();
+    let shared = ours.shared.clone();
+    let (sender, mut dropped) = tokio::sync::mpsc::channel(1);
+    let _server = serve(&tasks, ours, move |stream| {
+        let sender = sender.clone();
+        async move {
+            stream.answer(&[0x88], false).unwrap();
+            let mut left = 100_000;
+            while left > 0 {
+                left -= std::future::poll_fn(|cx| stream.poll_data(cx)).await.unwrap().len();
+            }
+            stream.release(30_000);
+            drop(stream);
+            sender.send(()).await.unwrap();
+        }
+    });
+    for _ in 0..3 {
+        let stream = handle.open(&connect_block()).await.unwrap();
+        send(&stream, &[7; 100_000]).await.unwrap();
+        tokio::time::timeout(LONG, dropped.recv()).await.unwrap().unwrap();
+        assert_eq!(shared.window.lock().waiting(), 0);
+    }
+}
+
+/// A writer that waits for the window of the connection hears of the end of its stream.
+#[tokio::test]
+async fn a_reset_reaches_a_writer_that_waits_for_the_connection() {
+    let (sender, mut outcome) = tokio::sync::mpsc::channel(1);
+    let (mut raw, _tasks, _ended) = Raw::client(move |stream: Stream| {
+        let sender = sender.clone();
+        async move {
+            stream.answer(&[0x88], false).unwrap();
+            sender.send(send(&stream, &[0; 1 << 20]).await).await.unwrap();
+        }
+    })
+    .await;
+    raw.write(&setting(4, 1 << 24)).await;
+    // Its half has ended: nobody reads the stream.
+    raw.connect(1, true).await;
+    assert_eq!(arrived(&mut raw, 1).await.0, 65_535);
+    raw.settle().await;
+    raw.frame(kind::RST_STREAM, 0, 1, &8u32.to_be_bytes()).await;
+    let outcome = tokio::time::timeout(LONG, outcome.recv()).await.expect("it is told").unwrap();
+    assert!(matches!(outcome, Err(Failure::Reset(Reason::CANCEL))), "{outcome:?}");
+}
+
+/// The end that comes before the answer is one.
+#[tokio::test]
+async fn an_end_before_the_answer_counts() {
+    let (mut raw, handle, _tasks, _ended) = Raw::server().await;
+    let stream = handle.open(&connect_block()).await.unwrap();
+    raw.frame(kind::DATA, flags::END_STREAM, 1, b"x").await;
+    raw.frame(kind::HEADERS, flags::END_HEADERS, 1, &[0x88]).await;
+    raw.settle().await;
+    assert_eq!(data(&stream).await.unwrap(), "x");
+    let end = tokio::time::timeout(LONG, data(&stream)).await.expect("an end");
+    assert_eq!(end.unwrap(), "");
+}
+
+/// A PING is answered by what it said, and by nothing else.
+#[tokio::test]
+async fn an_answer_that_was_guessed_is_none() {
+    let (near, far) = duplex(1 << 20);
+    let (near, far) = tls(near, far).await;
+    let (_handle, connection) = client(near);
+    let mut pings = connection.pings();
+    let tasks = TaskGroup::new();
+    let _ended = serve(&tasks, connection, |_| async { unreachable!() });
+    let mut raw = Raw::new(far, Parser::of_client());
+    let mut greeting = Vec::new();
+    Settings::default().write(&mut greeting);
+    raw.write(&greeting).await;
+    raw.greeted().await;
+    let mut ping = Box::pin(pings.ping());
+    assert!(std::future::poll_fn(|cx| Poll::Ready(ping.as_mut().poll(cx).is_pending())).await);
+    let Frame::Ping(asked) = raw.until(|frame| matches!(frame, Frame::Ping(_))).await else { unreachable!() };
+    for guess in [1u64, 2, u64::MAX] {
+        raw.frame(kind::PING, flags::ACK, 0, &guess.to_be_bytes()).await;
+    }
+    raw.settle().await;
+    assert!(std::future::poll_fn(|cx| Poll::Ready(ping.as_mut().poll(cx).is_pending())).await);
+    raw.frame(kind::PING, flags::ACK, 0, &asked).await;
+    tokio::time::timeout(LONG, ping).await.expect("answered");
 }
