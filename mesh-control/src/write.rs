@@ -311,10 +311,13 @@ impl Writer {
         let wanted = events::wanted(published, all);
         // What is over may be told again when it comes back.
         written.events.retain(|told| wanted.contains(told));
-        let new: Vec<_> = wanted.difference(&written.events).take(MAX_WRITES).cloned().collect();
+        let what = |told: &events::Told| format!("Event {} of {}", told.reason, told.object);
+        // As with status: what is left alone for a while must not keep the others from their turn.
+        let due = wanted.difference(&written.events).filter(|told| !written.failed.contains_key(&what(told)));
+        let new: Vec<_> = due.take(MAX_WRITES).cloned().collect();
         for told in new {
             let write = self.tell(&told, recorder);
-            if self.attempt(format!("Event {} of {}", told.reason, told.object), written, write).await {
+            if self.attempt(what(&told), written, write).await {
                 written.events.insert(told);
             }
         }

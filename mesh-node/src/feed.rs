@@ -62,6 +62,7 @@ impl Apply for InForce {
             let Some(following) = &self.following else { return Vec::new() };
             let first = !self.followed.swap(true, Ordering::Relaxed);
             if type_url != TYPE_LOCAL_POD && !first {
+                following.others(world).await;
                 return Vec::new();
             }
             let uids = match first {

@@ -480,16 +480,16 @@ impl Keeper {
         tracing::info!(uid, ?how, "pod released");
         // Out of the kernel first: while it were in there and in no table, a change of the world at that moment would
         // take back what it is permitted and cut the direct connections that it is to keep.
-        let left = match how {
-            Release::Deleted => Ok(()),
-            Release::Leave => self.leave(pod.clone()),
-        };
+        // What the kernel does not let go stays in the table: it is captured, and somebody has to serve it and to try again.
+        if how == Release::Leave {
+            self.leave(pod.clone())?;
+        }
         self.table.send_modify(|table| drop(Arc::make_mut(table).serving.remove(uid)));
         // A full disk must not keep its connections alive: it is in no table any more, so nobody would end them.
         let written = self.persist();
         let released = match how {
             Release::Deleted => self.delete(&pod).await,
-            Release::Leave => left,
+            Release::Leave => Ok(()),
         };
         self.agent.metrics.proxies_stopped.inc();
         self.agent.enforce().await?;
@@ -514,7 +514,10 @@ impl Keeper {
     fn leave(&mut self, pod: Arc<Pod>) -> Result<(), EnrolError> {
         pod.owner.left.store(true, Ordering::Relaxed);
         // New connections pass the agent by from here on; only then may its listeners close.
-        self.agent.kernel.release(pod.slot, Release::Leave.into())?;
+        if let Err(error) = self.agent.kernel.release(pod.slot, Release::Leave.into()) {
+            pod.owner.left.store(false, Ordering::Relaxed);
+            return Err(error.into());
+        }
         pod.drain.start();
         self.table.send_modify(|table| Arc::make_mut(table).leaving.push(pod.clone()));
         let agent = self.agent.clone();

@@ -115,7 +115,9 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     // Last of all: whoever comes again must know whose the namespace is.
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), AGENTS).await?;
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
-    println!("Undermesh is gone; labels, routes and policies of users are as they were");
+    println!(
+        "Undermesh is gone; labels, routes and policies of users are as they were, the status it wrote in them too"
+    );
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A token says for itself which pod it was made for; that pod must be known here, alive, and where the token says.
 //! What it says is read before the API server is asked whether it is true: a token that could not let its bearer in
-//! costs nobody but us, and no pod can keep the others' tokens waiting.
+//! costs nobody but us, and no pod can keep the others' tokens waiting. Who knows a pod's UID can say to be that pod; so a
+//! token that was good before does not wait with those.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -30,6 +31,8 @@ use crate::{
 pub const AUDIENCE: &str = "istio-ca";
 /// A good answer is believed this long: a withdrawn token is good no longer than that.
 const GOOD: Duration = Duration::from_secs(30);
+/// A token that was good stands in no line for this long: agents and waypoints are not kept waiting by who names them.
+const FAMILIAR: Duration = Duration::from_secs(3600);
 /// A refusal is remembered this long, so that repeating it costs the API server nothing.
 const BAD: Duration = Duration::from_secs(5);
 /// Answers of each kind that are remembered.
@@ -89,6 +92,7 @@ pub struct Reviews {
     published: watch::Receiver<Arc<Published>>,
     // Apart, so that no number of bad tokens makes a good one be asked about again.
     good: Remembered<Reviewed>,
+    familiar: Remembered<()>,
     bad: Remembered<()>,
     asking: Semaphore,
     by_pod: Mutex<HashMap<String, OfPod>>,
@@ -137,6 +141,7 @@ impl Reviews {
             install_namespace,
             published,
             good: Remembered::default(),
+            familiar: Remembered::default(),
             bad: Remembered::default(),
             asking: Semaphore::new(AT_ONCE),
             by_pod: Mutex::default(),
@@ -184,15 +189,28 @@ impl Reviews {
         now: Instant,
     ) -> Result<Reviewed, Unauthenticated> {
         let unavailable = |reason: String| Unauthenticated::Unavailable(reason);
-        let waiting = self.wait(uid).ok_or_else(|| unavailable("too many callers of one pod".to_owned()))?;
-        let _turn = waiting.turn.acquire().await.map_err(|error| unavailable(error.to_string()))?;
+        let familiar = self.familiar.get(&key, now).is_some();
+        let waiting = if familiar {
+            None
+        } else {
+            Some(self.wait(uid).ok_or_else(|| unavailable("too many callers of one pod".to_owned()))?)
+        };
+        let _turn = match &waiting {
+            Some(waiting) => {
+                Some(waiting.turn.acquire().await.map_err(|error| unavailable(error.to_string()))?)
+            }
+            None => None,
+        };
         if let Some(known) = self.known(&key, now) {
             return known;
         }
         let _slot = self.asking.acquire().await.map_err(|error| unavailable(error.to_string()))?;
         let reviewed = self.ask(token).await?;
         match &reviewed {
-            Some(reviewed) => self.good.put(key, reviewed.clone(), now + GOOD, now),
+            Some(reviewed) => {
+                self.good.put(key, reviewed.clone(), now + GOOD, now);
+                self.familiar.put(key, (), now + FAMILIAR, now);
+            }
             None => self.bad.put(key, (), now + BAD, now),
         }
         reviewed.ok_or(Unauthenticated::Unknown)
@@ -249,7 +267,13 @@ struct Bound {
     namespace: String,
     serviceaccount: Named,
     pod: Named,
-    node: Option<Named>,
+    node: Option<Node>,
+}
+
+/// Its UID, which a token may lack, says nothing here.
+#[derive(Deserialize)]
+struct Node {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -356,7 +380,7 @@ mod tests {
     fn claims(uid: &str) -> serde_json::Value {
         json!({"aud": ["istio-ca"], "exp": u64::from(u32::MAX), "kubernetes.io": {
             "namespace": "shop", "serviceaccount": {"name": "web", "uid": "s"},
-            "pod": {"name": "web-1", "uid": uid}, "node": {"name": "n1", "uid": "n"},
+            "pod": {"name": "web-1", "uid": uid}, "node": {"name": "n1"},
         }})
     }
 
@@ -457,6 +481,34 @@ mod tests {
         assert!(reviews.authenticate(&same[0], now).await.is_err());
         assert_eq!(asked.load(Ordering::SeqCst), WAITING_OF_ONE_POD - 2, "what was refused is remembered");
         assert!(reviews.by_pod.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_let_in_before_does_not_wait_behind_those_that_name_it() {
+        let (asked, (go, gone)) = (Arc::new(AtomicUsize::new(0)), watch::channel(false));
+        let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
+        let now = Instant::now();
+        let mut all = tokens(1 + WAITING_OF_ONE_POD as u64);
+        let real = all.remove(0);
+        let mut key = [0; 32];
+        key.copy_from_slice(digest::digest(&digest::SHA256, real.as_bytes()).as_ref());
+        reviews.familiar.put(key, (), now + FAMILIAR, now);
+        let crowd = futures_util::future::join_all(all.iter().map(|token| reviews.authenticate(token, now)));
+        let real = async {
+            for _ in 0..1_000 {
+                tokio::task::yield_now().await;
+            }
+            let (got, ()) = tokio::join!(reviews.authenticate(&real, now), async {
+                for _ in 0..1_000 {
+                    tokio::task::yield_now().await;
+                }
+                assert_eq!(asked.load(Ordering::SeqCst), 2, "one of the crowd, and the real one");
+                go.send_replace(true);
+            });
+            // This API server refuses everybody; it was asked, which is the point.
+            assert!(matches!(got, Err(Unauthenticated::Unknown)), "{got:?}");
+        };
+        tokio::join!(crowd, real);
     }
 
     #[test]

@@ -82,6 +82,7 @@ pub struct Followed {
 
 enum Command {
     World(Arc<Snapshot>, Vec<Arc<str>>, oneshot::Sender<Vec<Rejected>>),
+    Others(Arc<Snapshot>),
     Add(String, Sandbox, oneshot::Sender<Answer>),
     Check(Sandbox, oneshot::Sender<Answer>),
     Del(String, oneshot::Sender<()>),
@@ -107,6 +108,13 @@ impl Following {
             let reason = coded("the agent is shutting down", Flag::Drain);
             changed.iter().map(|uid| Rejected { name: uid.to_string(), reason: reason.clone() }).collect()
         })
+    }
+
+    /// Other things than this node's pods have changed: nothing is to be done for them, and they are remembered as far
+    /// as the plugin has to know of them.
+    pub async fn others(&self, world: Arc<Snapshot>) {
+        // While the agent shuts down nobody listens; the next one hears of everything.
+        let _ = self.commands.send(Command::Others(world)).await;
     }
 
     /// A sandbox was made: may it start?
@@ -190,6 +198,7 @@ pub struct Follower {
 struct Adding {
     container: String,
     sandbox: Sandbox,
+    since: Instant,
     until: Instant,
     reply: oneshot::Sender<Answer>,
 }
@@ -262,14 +271,15 @@ impl Follower {
     async fn told(&mut self, command: Command) {
         match command {
             Command::World(world, uids, reply) => {
-                let first = self.world.replace(world).is_none();
+                let first = self.world.replace(world.clone()).is_none();
                 self.answering.push(Answering { uids, until: Instant::now() + BEFORE_COMPLAINT, reply });
                 self.pass(|_| true).await;
                 if first {
                     self.release_strays().await;
                 }
-                self.note_namespaces();
+                self.note_namespaces(&world);
             }
+            Command::Others(world) => self.note_namespaces(&world),
             Command::Add(container, sandbox, reply) => self.add(container, sandbox, reply).await,
             Command::Check(sandbox, reply) => {
                 // Whoever asked may be gone, here and below.
@@ -345,6 +355,7 @@ impl Follower {
         for adding in std::mem::take(&mut self.adding) {
             match self.named(&adding.sandbox) {
                 Some(pod) => {
+                    report_wait(&adding.sandbox, adding.since);
                     let answer = self.start(&pod).await;
                     let _ = adding.reply.send(answer);
                 }
@@ -453,7 +464,9 @@ impl Follower {
             let _ = reply.send(Ok(Started { enrolled: false, why: Some(DISMISSED.to_owned()) }));
             return;
         }
+        let since = Instant::now();
         if let Some(pod) = self.named(&sandbox) {
+            report_wait(&sandbox, since);
             let answer = self.start(&pod).await;
             let _ = reply.send(answer);
             return;
@@ -463,7 +476,7 @@ impl Follower {
             (true, true) => UNKNOWN_EXEMPT,
             (false, _) => UNKNOWN,
         };
-        self.adding.push(Adding { container, sandbox, until: Instant::now() + wait, reply });
+        self.adding.push(Adding { container, sandbox, since, until: since + wait, reply });
     }
 
     /// The pod of a sandbox, if the control plane has told of it.
@@ -591,12 +604,9 @@ impl Follower {
     }
 
     /// Keeps the namespaces that are in the mesh for the plugin, when it starts others without us.
-    fn note_namespaces(&mut self) {
-        let (Some(world), Some(path)) = (&self.world, &self.config.known) else { return };
-        let local = world.pods().filter(|pod| pod.wanted()).map(|pod| pod.namespace.clone());
-        let elsewhere = world.workloads().filter(|workload| workload.tunnel == TunnelProtocol::Hbone);
-        let known: BTreeSet<Arc<str>> =
-            local.chain(elsewhere.map(|workload| workload.namespace.clone())).collect();
+    fn note_namespaces(&mut self, world: &Snapshot) {
+        let Some(path) = &self.config.known else { return };
+        let known = in_the_mesh(world);
         if known == self.known && path.exists() {
             return;
         }
@@ -606,6 +616,20 @@ impl Follower {
             Err(error) => tracing::warn!(path = %path.display(), %error, "namespaces are not kept"),
         }
     }
+}
+
+/// (pure) The namespaces in which there are pods of the mesh, wherever they run.
+fn in_the_mesh(world: &Snapshot) -> BTreeSet<Arc<str>> {
+    let local = world.pods().filter(|pod| pod.wanted()).map(|pod| pod.namespace.clone());
+    let elsewhere = world.workloads().filter(|workload| workload.tunnel == TunnelProtocol::Hbone);
+    local.chain(elsewhere.map(|workload| workload.namespace.clone())).collect()
+}
+
+/// How long a sandbox waited for the control plane to tell of its pod.
+fn report_wait(sandbox: &Sandbox, since: Instant) {
+    let (namespace, name) = (&sandbox.namespace, &sandbox.name);
+    let waited_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(namespace, name, waited_ms, "the pod of a sandbox is known");
 }
 
 fn followed(pod: &LocalPod, settled: &Result<Settled, String>) -> Followed {

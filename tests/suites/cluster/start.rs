@@ -75,6 +75,10 @@ fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> 
         ensure!(seen == 0, "{seen} frames on {node} hold the marker");
     }
     arrived?;
+    if matches!(round, Round::Calm) {
+        let waited = longest_wait(cluster, near)?;
+        println!("report: a sandbox waited {waited} ms at most for the control plane to tell of its pod");
+    }
     let fixed = ["-n", NAMESPACE, "delete", "pod", "-l", "app=sender", "--wait=true", "--timeout=60s"];
     cluster.run(&fixed).map(drop)
 }
@@ -99,6 +103,19 @@ fn recovers(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
         Round::RuntimeKilled => cluster.start(node, "containerd"),
         Round::Calm | Round::AgentRestarts | Round::AgentKilled | Round::NodeIsNew => Ok(()),
     }
+}
+
+/// What the agent of a node says of sandboxes of ours that waited to hear of their pod, milliseconds.
+fn longest_wait(cluster: &Cluster, node: &str) -> anyhow::Result<u64> {
+    let agent = cluster.agent(node)?;
+    let log = cluster.run(&["-n", mesh_tests::cluster::MESH_NAMESPACE, "logs", &agent.name])?;
+    let ours = format!("namespace={NAMESPACE:?}");
+    let waits = log.lines().filter(|line| line.contains("waited_ms") && line.contains(&ours));
+    let millis = waits.filter_map(|line| {
+        let (_, rest) = line.split_once("waited_ms=")?;
+        rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    });
+    millis.max().with_context(|| format!("the agent of {node} says of no sandbox how long it waited"))
 }
 
 /// Each sender has had an answer: what was not seen was sent all the same.
