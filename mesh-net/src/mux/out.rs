@@ -95,11 +95,12 @@ impl Out {
         }
     }
 
-    /// What a stream may seal now that has last sealed for visit `last` to the socket, bytes.
-    pub fn room(&self, last: u32) -> usize {
+    /// How much of `size` bytes a stream may seal now that has last sealed for visit `last` to the socket. Who has more
+    /// than a few stands in line: in small frames it would cost everybody.
+    pub fn room(&self, size: usize, last: u32) -> usize {
         let room = match self.sealed.len() {
             ..SEALED_BYTES => TURN_BYTES,
-            _ if last != self.visit => FAIR_BYTES,
+            _ if size <= FAIR_BYTES && last != self.visit => FAIR_BYTES,
             _ => 0,
         };
         usize::try_from(self.window).map_or(0, |window| window.min(room))
@@ -114,7 +115,7 @@ impl Out {
 
     /// Whether any stream may seal anything.
     pub fn has_room(&self) -> bool {
-        self.room(self.visit) > 0
+        self.room(usize::MAX, self.visit) > 0
     }
 
     /// Wakes `waker`, of `stream`, when there may be room.

@@ -114,7 +114,7 @@ impl Stream {
             register(&mut cell.writer, cx);
             return Poll::Pending;
         }
-        let room = out.room(cell.visit);
+        let room = out.room(data.len(), cell.visit);
         if room == 0 {
             // The end of the stream wakes it as well.
             register(&mut cell.writer, cx);

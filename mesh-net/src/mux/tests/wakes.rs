@@ -100,3 +100,29 @@ async fn what_is_idle_holds_no_buffers() {
     assert!(size_of::<Connection>() <= 1024, "{}", size_of::<Connection>());
     assert!(size_of::<Shared>() <= 2048, "{}", size_of::<Shared>());
 }
+
+/// A few bytes go between those of streams that carry much; those of one that carries much itself stand in line.
+#[tokio::test]
+async fn a_few_bytes_do_not_wait_for_room_and_many_do() {
+    let (near, far) = duplex(1 << 20);
+    let (near, _far) = tls(near, far).await;
+    let (handle, connection) = client(near);
+    let shared = connection.shared.clone();
+    shared.table.lock().window = 1 << 24;
+    shared.out.lock().window = 1 << 24;
+    let _writer = shared.out.lock().take_writer().unwrap();
+    let bulk = handle.open(&connect_block()).await.unwrap();
+    let other = handle.open(&connect_block()).await.unwrap();
+    let some = vec![1; 64 << 10];
+    let sent = |stream: &Stream, size: usize| {
+        let cx = Context::from_waker(Waker::noop());
+        match stream.poll_send(&cx, &some[..size]) {
+            Poll::Ready(sent) => sent.unwrap(),
+            Poll::Pending => 0,
+        }
+    };
+    while sent(&bulk, 64 << 10) > 0 {}
+    assert_eq!(sent(&other, 5_000), 0);
+    assert_eq!(sent(&other, 100), 100);
+    assert_eq!(sent(&other, 100), 0, "once for each visit to the socket");
+}
