@@ -26,7 +26,7 @@ enum Round {
     AgentKilled,
     KubeletKilled,
     RuntimeKilled,
-    /// The node has the taint of one that has no agent yet, and its agent only begins.
+    /// The node has no agent, no plugin and the taint of one that is new; then its kubelet starts, and with it the agent.
     NodeIsNew,
 }
 
@@ -39,7 +39,9 @@ const ROUNDS: [Round; 6] = [
     Round::NodeIsNew,
 ];
 /// Taken away by the control plane when the node's agent is in force.
-const TAINT: &str = "undermesh.io/agent-not-ready=:NoExecute";
+const TAINT: &str = "undermesh.io/agent-not-ready";
+/// What the agent puts on its node for the runtime.
+const PLUGIN: [&str; 2] = ["/etc/cni/net.d/00-undermesh.conflist", "/opt/cni/bin/undermesh-cni"];
 
 /// Every round.
 pub fn no_leak(cluster: &Cluster) -> anyhow::Result<()> {
@@ -63,7 +65,7 @@ fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> 
     let taps = [cluster.tap(near)?, cluster.tap(far)?];
     // Half of the pods are on their way when it happens, the others come in the middle of it.
     if matches!(round, Round::NodeIsNew) {
-        cluster.run(&["taint", "node", near, TAINT])?;
+        make_new(cluster, near)?;
     }
     cluster.apply(&senders_yaml("before", near, server))?;
     happens(cluster, round, near)?;
@@ -86,7 +88,11 @@ fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> 
 fn happens(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
     match round {
         Round::Calm => Ok(()),
-        Round::AgentRestarts | Round::NodeIsNew => {
+        Round::NodeIsNew => {
+            ensure!(is_tainted(cluster, node)?, "the taint went although no agent runs");
+            cluster.start(node, "kubelet")
+        }
+        Round::AgentRestarts => {
             let agent = cluster.agent(node)?;
             let fixed = ["-n", mesh_tests::cluster::MESH_NAMESPACE, "delete", "pod", "--wait=false"];
             cluster.run(&[&fixed[..], &[&agent.name]].concat()).map(drop)
@@ -101,8 +107,28 @@ fn recovers(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
     match round {
         Round::KubeletKilled => cluster.start(node, "kubelet"),
         Round::RuntimeKilled => cluster.start(node, "containerd"),
-        Round::Calm | Round::AgentRestarts | Round::AgentKilled | Round::NodeIsNew => Ok(()),
+        Round::NodeIsNew => {
+            wait::until_within(wait::DEADLINE * 2, "the taint to go", || match is_tainted(cluster, node) {
+                Ok(false) => Ok(()),
+                other => Err(format!("{other:?}")),
+            })?;
+            PLUGIN.iter().try_for_each(|file| cluster.on(node, &["test", "-e", file]).map(drop))
+        }
+        Round::Calm | Round::AgentRestarts | Round::AgentKilled => Ok(()),
     }
+}
+
+/// Makes a node what it is before its first agent.
+fn make_new(cluster: &Cluster, node: &str) -> anyhow::Result<()> {
+    cluster.kill(node, "kubelet")?;
+    cluster.kill_agent(node)?;
+    cluster.on(node, &[&["rm"], &PLUGIN[..]].concat())?;
+    cluster.run(&["taint", "node", node, &format!("{TAINT}=:NoExecute")]).map(drop)
+}
+
+fn is_tainted(cluster: &Cluster, node: &str) -> anyhow::Result<bool> {
+    let taints = cluster.run(&["get", "node", node, "-o", "jsonpath={.spec.taints[*].key}"])?;
+    Ok(taints.split_whitespace().any(|key| key == TAINT))
 }
 
 /// What the agent of a node says of sandboxes of ours that waited to hear of their pod, milliseconds.
