@@ -56,6 +56,23 @@ impl Cluster {
         });
         pipeline
     }
+
+    /// Writes status and Events as long as what it returns lives.
+    fn write(&self, pipeline: &Pipeline) -> watch::Sender<bool> {
+        let writer = Writer {
+            client: self.api.client(),
+            me: "a".to_owned(),
+            namespace: "mesh".to_owned(),
+            roots: String::new(),
+            published: pipeline.subscribe(),
+            proxies: Arc::default(),
+            told: watch::channel(Default::default()).1,
+            refused: watch::channel(Default::default()).1,
+        };
+        let (leads, leading) = watch::channel(true);
+        self.tasks.spawn(write::run(writer, leading, self.drain.watch()));
+        leads
+    }
 }
 
 fn pod(name: &str, ip: &str) -> Json {
@@ -207,18 +224,7 @@ async fn status_is_written_where_only_an_older_version_is_served() {
     cluster.api.serve("v1/peerauthentications", false);
     let pipeline = cluster.follow();
     until(&pipeline, "the policy of the older version", |world| world.carried.len() == 1).await;
-    let writer = Writer {
-        client: cluster.api.client(),
-        me: "a".to_owned(),
-        namespace: "mesh".to_owned(),
-        roots: String::new(),
-        published: pipeline.subscribe(),
-        proxies: Arc::default(),
-        told: watch::channel(Default::default()).1,
-        refused: watch::channel(Default::default()).1,
-    };
-    let (_leads, leads) = watch::channel(true);
-    cluster.tasks.spawn(write::run(writer, leads, cluster.drain.watch()));
+    let _leads = cluster.write(&pipeline);
     let written = async {
         loop {
             let policy = cluster.api.get("peerauthentications", "shop/p").unwrap();
@@ -229,6 +235,36 @@ async fn status_is_written_where_only_an_older_version_is_served() {
         }
     };
     tokio::time::timeout(SOON, written).await.unwrap();
+}
+
+/// More Events than one look writes cannot be written, and come first in order.
+#[tokio::test]
+async fn events_that_fail_do_not_keep_others_waiting() {
+    let cluster = Cluster::new().await;
+    let misspelt = |namespace: &str, name: &str| {
+        let mut policy = policy(name, "mdoe");
+        policy["metadata"]["namespace"] = namespace.into();
+        policy
+    };
+    for n in 0..120 {
+        cluster.api.put("peerauthentications", misspelt("a-going", &format!("p{n}")));
+    }
+    cluster.api.put("peerauthentications", misspelt("shop", "p"));
+    cluster.api.terminate("a-going");
+    let pipeline = cluster.follow();
+    until(&pipeline, "all policies", |world| world.carried.len() == 121).await;
+    let _leads = cluster.write(&pipeline);
+    let told = async {
+        loop {
+            let events = cluster.api.names("events");
+            assert!(events.iter().all(|event| event.starts_with("shop/")), "{events:?}");
+            if !events.is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(SOON, told).await.expect("the other Event is written");
 }
 
 #[tokio::test]

@@ -477,13 +477,13 @@ impl Keeper {
             return Ok(false);
         };
         drop(table);
-        tracing::info!(uid, ?how, "pod released");
         // Out of the kernel first: while it were in there and in no table, a change of the world at that moment would
         // take back what it is permitted and cut the direct connections that it is to keep.
         // What the kernel does not let go stays in the table: it is captured, and somebody has to serve it and to try again.
         if how == Release::Leave {
             self.leave(pod.clone())?;
         }
+        tracing::info!(uid, ?how, "pod released");
         self.table.send_modify(|table| drop(Arc::make_mut(table).serving.remove(uid)));
         // A full disk must not keep its connections alive: it is in no table any more, so nobody would end them.
         let written = self.persist();

@@ -257,23 +257,37 @@ impl Cluster {
         ours.next().with_context(|| format!("no agent on {node}"))
     }
 
+    /// What the agents say that holds `what` and is about `namespace`, a line each.
+    ///
+    /// # Errors
+    /// When a node has no agent, or its log cannot be read.
+    pub fn agents_say(&self, what: &str, namespace: &str) -> anyhow::Result<Vec<String>> {
+        let of_namespace = format!("namespace={namespace:?}");
+        let mut said = Vec::new();
+        for node in self.nodes()? {
+            let log = self.run(&["-n", MESH_NAMESPACE, "logs", &self.agent(&node)?.name])?;
+            let lines = log.lines().filter(|line| line.contains(what) && line.contains(&of_namespace));
+            said.extend(lines.map(str::to_owned));
+        }
+        Ok(said)
+    }
+
     /// What the agent of a node answers on its admin socket.
     ///
     /// # Errors
     /// When it does not.
     pub fn ask(&self, node: &str, path: &str) -> anyhow::Result<Value> {
-        let agent = self.agent(node)?;
-        let answer = self.run(&[
-            "-n",
-            MESH_NAMESPACE,
-            "exec",
-            &agent.name,
-            "--",
-            "/usr/local/bin/mesh-node",
-            "ask",
-            path,
-        ])?;
+        let answer = self.said(node, path)?;
         serde_json::from_str(&answer).with_context(|| format!("{path} of {node}: {answer}"))
+    }
+
+    /// The same as text.
+    ///
+    /// # Errors
+    /// When it does not, or with another status than 200.
+    pub fn said(&self, node: &str, path: &str) -> anyhow::Result<String> {
+        let agent = self.agent(node)?;
+        self.run(&["-n", MESH_NAMESPACE, "exec", &agent.name, "--", "/usr/local/bin/mesh-node", "ask", path])
     }
 
     /// A pod whose network namespace this process can enter: its peers run there.

@@ -116,7 +116,7 @@ pub async fn run(cluster: &Cluster, wish: &Wish) -> anyhow::Result<()> {
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), AGENTS).await?;
     delete(cluster, kinds::CONFIG_MAP, Some(namespace), record::NAME).await?;
     println!(
-        "Undermesh is gone; labels, routes and policies of users are as they were, the status it wrote in them too"
+        "Undermesh is gone; objects of users are as they were, but for the status that it wrote into them"
     );
     Ok(())
 }

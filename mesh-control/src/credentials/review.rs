@@ -2,8 +2,8 @@
 //!
 //! A token says for itself which pod it was made for; that pod must be known here, alive, and where the token says.
 //! What it says is read before the API server is asked whether it is true: a token that could not let its bearer in
-//! costs nobody but us, and no pod can keep the others' tokens waiting. Who knows a pod's UID can say to be that pod; so a
-//! token that was good before does not wait with those.
+//! costs nobody but us. Callers wait in lines, each with one review at a time: those that say that they are one pod in that
+//! pod's, and a token that was good before in its own, since who knows a pod's UID can say to be that pod.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,7 +31,8 @@ use crate::{
 pub const AUDIENCE: &str = "istio-ca";
 /// A good answer is believed this long: a withdrawn token is good no longer than that.
 const GOOD: Duration = Duration::from_secs(30);
-/// A token that was good stands in no line for this long: agents and waypoints are not kept waiting by who names them.
+/// A token that was good has a line of its own for this long: agents and waypoints are not kept waiting by who names
+/// them.
 const FAMILIAR: Duration = Duration::from_secs(3600);
 /// A refusal is remembered this long, so that repeating it costs the API server nothing.
 const BAD: Duration = Duration::from_secs(5);
@@ -39,8 +40,8 @@ const BAD: Duration = Duration::from_secs(5);
 const MAX_REMEMBERED: usize = 10_000;
 /// Reviews that are asked for at once, in all.
 const AT_ONCE: usize = 16;
-/// Callers that say that they are one pod and wait for its turn: it has one review at a time.
-const WAITING_OF_ONE_POD: usize = 64;
+/// Callers that wait in one line.
+const WAITING_IN_LINE: usize = 64;
 /// Time for an answer, the wait for a turn included.
 const ANSWER: Duration = Duration::from_secs(10);
 /// A token that ended by our clock is asked about for this long: the API server's may be behind. Seconds.
@@ -95,23 +96,32 @@ pub struct Reviews {
     familiar: Remembered<()>,
     bad: Remembered<()>,
     asking: Semaphore,
-    by_pod: Mutex<HashMap<String, OfPod>>,
+    lines: Mutex<HashMap<Line, Length>>,
 }
 
-/// A caller that says that it is a certain pod, and is not answered yet.
+/// Where a caller waits.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Line {
+    /// With all that say that they are this pod, by its UID.
+    Pod(String),
+    /// With all that have this token, which was good before.
+    Token([u8; 32]),
+}
+
+/// A caller that is not answered yet.
 struct Waiting<'a> {
-    by_pod: &'a Mutex<HashMap<String, OfPod>>,
-    uid: &'a str,
+    lines: &'a Mutex<HashMap<Line, Length>>,
+    line: Line,
     turn: Arc<Semaphore>,
 }
 
-/// Those of one pod.
-struct OfPod {
+/// Those in one line.
+struct Length {
     waiting: usize,
     turn: Arc<Semaphore>,
 }
 
-impl Default for OfPod {
+impl Default for Length {
     fn default() -> Self {
         Self { waiting: 0, turn: Arc::new(Semaphore::new(1)) }
     }
@@ -119,11 +129,11 @@ impl Default for OfPod {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let mut by_pod = self.by_pod.lock();
-        if let Some(of_pod) = by_pod.get_mut(self.uid) {
-            of_pod.waiting -= 1;
-            if of_pod.waiting == 0 {
-                by_pod.remove(self.uid);
+        let mut lines = self.lines.lock();
+        if let Some(line) = lines.get_mut(&self.line) {
+            line.waiting -= 1;
+            if line.waiting == 0 {
+                lines.remove(&self.line);
             }
         }
     }
@@ -144,7 +154,7 @@ impl Reviews {
             familiar: Remembered::default(),
             bad: Remembered::default(),
             asking: Semaphore::new(AT_ONCE),
-            by_pod: Mutex::default(),
+            lines: Mutex::default(),
         }
     }
 
@@ -156,15 +166,14 @@ impl Reviews {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(Unauthenticated::Unknown);
         }
-        let mut key = [0; 32];
-        key.copy_from_slice(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
+        let key = key_of(token);
         let reviewed = match self.known(&key, now) {
             Some(known) => known?,
             None => {
                 let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
                 let says = claimed(token, clock.as_secs()).ok_or(Unauthenticated::Unknown)?;
                 self.principal(&says)?;
-                let answer = self.in_turn(&says.pod.1, (key, token), now);
+                let answer = self.in_turn(says.pod.1, (key, token), now);
                 let answer = tokio::time::timeout(ANSWER, answer).await;
                 answer.map_err(|_| Unauthenticated::Unavailable("no answer in time".to_owned()))??
             }
@@ -181,26 +190,18 @@ impl Reviews {
         principal(reviewed, &self.install_namespace, &self.published.borrow().world.pods)
     }
 
-    /// Asks when it is the turn of the pod that the token says it is of, unless the answer is known by then.
+    /// Asks when it is the caller's turn in its line, unless the answer is known by then.
     async fn in_turn(
         &self,
-        uid: &str,
+        uid: String,
         (key, token): ([u8; 32], &str),
         now: Instant,
     ) -> Result<Reviewed, Unauthenticated> {
         let unavailable = |reason: String| Unauthenticated::Unavailable(reason);
         let familiar = self.familiar.get(&key, now).is_some();
-        let waiting = if familiar {
-            None
-        } else {
-            Some(self.wait(uid).ok_or_else(|| unavailable("too many callers of one pod".to_owned()))?)
-        };
-        let _turn = match &waiting {
-            Some(waiting) => {
-                Some(waiting.turn.acquire().await.map_err(|error| unavailable(error.to_string()))?)
-            }
-            None => None,
-        };
+        let line = if familiar { Line::Token(key) } else { Line::Pod(uid) };
+        let waiting = self.wait(line).ok_or_else(|| unavailable("too many callers of one pod".to_owned()))?;
+        let _turn = waiting.turn.acquire().await.map_err(|error| unavailable(error.to_string()))?;
         if let Some(known) = self.known(&key, now) {
             return known;
         }
@@ -216,14 +217,14 @@ impl Reviews {
         reviewed.ok_or(Unauthenticated::Unknown)
     }
 
-    fn wait<'a>(&'a self, uid: &'a str) -> Option<Waiting<'a>> {
-        let mut by_pod = self.by_pod.lock();
-        let of_pod = by_pod.entry(uid.to_owned()).or_default();
-        if of_pod.waiting >= WAITING_OF_ONE_POD {
+    fn wait(&self, line: Line) -> Option<Waiting<'_>> {
+        let mut lines = self.lines.lock();
+        let length = lines.entry(line.clone()).or_default();
+        if length.waiting >= WAITING_IN_LINE {
             return None;
         }
-        of_pod.waiting += 1;
-        Some(Waiting { by_pod: &self.by_pod, uid, turn: of_pod.turn.clone() })
+        length.waiting += 1;
+        Some(Waiting { lines: &self.lines, turn: length.turn.clone(), line })
     }
 
     async fn ask(&self, token: &str) -> Result<Option<Reviewed>, Unauthenticated> {
@@ -280,6 +281,13 @@ struct Node {
 struct Named {
     name: String,
     uid: String,
+}
+
+/// (pure) What a token is remembered by.
+fn key_of(token: &str) -> [u8; 32] {
+    let mut key = [0; 32];
+    key.copy_from_slice(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
+    key
 }
 
 /// (pure) What a token says of itself, which anybody can write; `None` when it could not let anybody in. `clock` is in
@@ -461,7 +469,7 @@ mod tests {
         let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
         let now = Instant::now();
         let same = vec![tokens(1).remove(0); 3];
-        let other = tokens(2 + WAITING_OF_ONE_POD as u64).split_off(1);
+        let other = tokens(2 + WAITING_IN_LINE as u64).split_off(1);
         let all = same.iter().chain(&other).map(|token| reviews.authenticate(token, now));
         let letting_go = async {
             // Long enough for whoever may ask.
@@ -473,14 +481,14 @@ mod tests {
         };
         let (outcomes, ()) = tokio::join!(futures_util::future::join_all(all), letting_go);
         let refused = outcomes.iter().filter(|got| matches!(got, Err(Unauthenticated::Unknown))).count();
-        assert_eq!((refused, outcomes.len()), (WAITING_OF_ONE_POD, WAITING_OF_ONE_POD + 4));
+        assert_eq!((refused, outcomes.len()), (WAITING_IN_LINE, WAITING_IN_LINE + 4));
         let turned_away = |got: &&Result<_, _>| matches!(got, Err(Unauthenticated::Unavailable(_)));
         assert_eq!(outcomes.iter().filter(turned_away).count(), 4);
-        assert_eq!(asked.load(Ordering::SeqCst), WAITING_OF_ONE_POD - 2, "three had the same token");
+        assert_eq!(asked.load(Ordering::SeqCst), WAITING_IN_LINE - 2, "three had the same token");
 
         assert!(reviews.authenticate(&same[0], now).await.is_err());
-        assert_eq!(asked.load(Ordering::SeqCst), WAITING_OF_ONE_POD - 2, "what was refused is remembered");
-        assert!(reviews.by_pod.lock().is_empty());
+        assert_eq!(asked.load(Ordering::SeqCst), WAITING_IN_LINE - 2, "what was refused is remembered");
+        assert!(reviews.lines.lock().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -488,27 +496,27 @@ mod tests {
         let (asked, (go, gone)) = (Arc::new(AtomicUsize::new(0)), watch::channel(false));
         let reviews = Reviews::new(refusing(&asked, &gone), "mesh".into(), published("u1"));
         let now = Instant::now();
-        let mut all = tokens(1 + WAITING_OF_ONE_POD as u64);
+        let mut all = tokens(1 + WAITING_IN_LINE as u64);
         let real = all.remove(0);
-        let mut key = [0; 32];
-        key.copy_from_slice(digest::digest(&digest::SHA256, real.as_bytes()).as_ref());
-        reviews.familiar.put(key, (), now + FAMILIAR, now);
+        reviews.familiar.put(key_of(&real), (), now + FAMILIAR, now);
         let crowd = futures_util::future::join_all(all.iter().map(|token| reviews.authenticate(token, now)));
         let real = async {
             for _ in 0..1_000 {
                 tokio::task::yield_now().await;
             }
-            let (got, ()) = tokio::join!(reviews.authenticate(&real, now), async {
+            let again = [&real; 3].map(|token| reviews.authenticate(token, now));
+            let (got, ()) = tokio::join!(futures_util::future::join_all(again), async {
                 for _ in 0..1_000 {
                     tokio::task::yield_now().await;
                 }
-                assert_eq!(asked.load(Ordering::SeqCst), 2, "one of the crowd, and the real one");
+                assert_eq!(asked.load(Ordering::SeqCst), 2, "one of the crowd, and the real one once");
                 go.send_replace(true);
             });
             // This API server refuses everybody; it was asked, which is the point.
-            assert!(matches!(got, Err(Unauthenticated::Unknown)), "{got:?}");
+            assert!(got.iter().all(|got| matches!(got, Err(Unauthenticated::Unknown))), "{got:?}");
         };
         tokio::join!(crowd, real);
+        assert!(reviews.lines.lock().is_empty());
     }
 
     #[test]

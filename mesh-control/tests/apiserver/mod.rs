@@ -44,6 +44,8 @@ struct State {
     absent: BTreeSet<String>,
     /// Collections for which something in between answers 404.
     hidden: BTreeSet<String>,
+    /// Nothing is made in it.
+    terminating: Option<String>,
     /// Everything is refused.
     down: bool,
     /// Watches that begin before this version are told to list anew.
@@ -121,6 +123,16 @@ impl ApiServer {
     /// An object is gone.
     pub fn delete(&self, plural: &str, key: &str) {
         self.change(|state| state.delete(plural, key));
+    }
+
+    /// Namespaces and names of all objects of a collection.
+    pub fn names(&self, plural: &str) -> Vec<String> {
+        self.state.lock().objects.get(plural).into_iter().flat_map(|all| all.keys().cloned()).collect()
+    }
+
+    /// Nothing can be made in a namespace any more, as in one that is being deleted.
+    pub fn terminate(&self, namespace: &str) {
+        self.state.lock().terminating = Some(namespace.to_owned());
     }
 
     /// An object as it is.
@@ -273,6 +285,9 @@ impl ApiServer {
 
     fn create(&self, place: &Place, mut object: Json) -> Response<Body> {
         self.change(|state| {
+            if state.terminating.as_ref() == Some(&place.namespace) {
+                return failure(403, "Forbidden");
+            }
             let name = object.pointer("/metadata/name").and_then(Json::as_str).unwrap_or_default().to_owned();
             let key = Place { name, ..place.clone() }.key();
             if state.objects.get(&place.plural).is_some_and(|all| all.contains_key(&key)) {

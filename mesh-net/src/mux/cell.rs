@@ -1,6 +1,11 @@
 //! What the reader of a connection and the user of a stream share: what came and was not read, what may be sent.
 
-use std::{collections::VecDeque, sync::Arc, task::Waker};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    task::Waker,
+    time::{Duration, Instant},
+};
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
@@ -27,7 +32,7 @@ pub(super) struct Cell {
     pub(super) queue: VecDeque<Bytes>,
     /// Short ones that came after those in the queue.
     pub(super) tail: BytesMut,
-    /// Taken by the reader and not yet released, bytes.
+    /// Taken by the reader, which has not asked for more since, bytes.
     pub(super) handed: usize,
     pub(super) window: Window,
     pub(super) received_all: bool,
@@ -52,11 +57,15 @@ impl Cell {
         next
     }
 
-    /// Of `size` bytes that the reader is done with, those that were not given back before.
-    pub(super) fn settle(&mut self, size: usize) -> usize {
-        let size = size.min(self.handed);
-        self.handed -= size;
-        size
+    /// The reader is done with what it has taken. How much that was, and what the peer is to be told.
+    pub(super) fn give_back(&mut self, round_trip: Duration) -> (usize, Option<u32>) {
+        let size = std::mem::take(&mut self.handed);
+        if size == 0 {
+            return (0, None);
+        }
+        self.window.release(size);
+        let open = !self.received_all && self.failure.is_none();
+        (size, if open { self.window.due(Instant::now, round_trip) } else { None })
     }
 
     fn push(&mut self, payload: Bytes, buffer: usize) {

@@ -22,7 +22,7 @@ use super::{
     Shared,
     frame::{self, Broken, Head, flags, kind},
 };
-use crate::record::{Outgoing, RecordError, Sealer};
+use crate::record::{Outgoing, PLAINTEXT_BYTES, RecordError, Sealer};
 
 /// Sealed bytes beyond which streams wait.
 const SEALED_BYTES: usize = 128 << 10;
@@ -31,8 +31,6 @@ const SEALED_BYTES: usize = 128 << 10;
 const FAIR_BYTES: usize = 4 << 10;
 /// What one stream seals before others may.
 const TURN_BYTES: usize = 64 << 10;
-/// What fits into one record.
-const RECORD_BYTES: usize = 16 << 10;
 /// What one task writes to the socket, for itself and others, before the driver goes on.
 const WRITE_BYTES: usize = 256 << 10;
 /// Answers that a peer may have asked for and not read, streams that it has opened included.
@@ -109,7 +107,7 @@ impl Out {
     /// What one DATA frame carries at most, bytes: with its head it fills whole records, if it fills any.
     pub fn largest(&self) -> usize {
         let most = self.frame.min(TURN_BYTES);
-        let whole = (most + frame::HEAD_BYTES) / RECORD_BYTES * RECORD_BYTES;
+        let whole = (most + frame::HEAD_BYTES) / PLAINTEXT_BYTES * PLAINTEXT_BYTES;
         if whole == 0 { most } else { whole - frame::HEAD_BYTES }
     }
 
@@ -191,17 +189,12 @@ impl Out {
         Ok(())
     }
 
-    /// Replaces our key and asks the peer to replace its own.
-    pub fn ask_for_key(&mut self) -> Result<(), RecordError> {
-        self.sealer.update_key(true, &mut self.sealed)
-    }
-
-    /// Replaces our key because the peer asks for it.
-    pub fn rekey(&mut self) -> Result<(), RecordError> {
-        if std::mem::replace(&mut self.rekeyed, true) {
+    /// Replaces our key: because the peer asks for it, or to `ask` it for the same.
+    pub fn rekey(&mut self, ask: bool) -> Result<(), RecordError> {
+        if !ask && std::mem::replace(&mut self.rekeyed, true) {
             return Ok(());
         }
-        self.sealer.update_key(false, &mut self.sealed)
+        self.sealer.update_key(ask, &mut self.sealed)
     }
 
     /// Says that nothing more comes, or why.

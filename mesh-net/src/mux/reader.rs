@@ -189,17 +189,11 @@ impl Reader {
                 Ok(Opened::Data(plain)) => {
                     self.plain = plain;
                     if self.opener.wants_key() {
-                        let outcome = self.shared.out.lock().ask_for_key();
-                        self.shared.pump();
-                        outcome.map_err(|error| Cause::Io(Arc::new(error.into())))?;
+                        self.rekey(true)?;
                     }
                 }
                 Ok(Opened::Nothing) => {}
-                Ok(Opened::KeyAsked) => {
-                    let outcome = self.shared.out.lock().rekey();
-                    self.shared.pump();
-                    outcome.map_err(|error| Cause::Io(Arc::new(error.into())))?;
-                }
+                Ok(Opened::KeyAsked) => self.rekey(false)?,
                 Ok(Opened::Closed) => {
                     return Poll::Ready(Err(Cause::io(std::io::ErrorKind::BrokenPipe)));
                 }
@@ -210,6 +204,12 @@ impl Reader {
                 Err(error) => return Poll::Ready(Err(self.tampered(error))),
             }
         }
+    }
+
+    fn rekey(&self, ask: bool) -> Result<(), Cause> {
+        let outcome = self.shared.out.lock().rekey(ask);
+        self.shared.pump();
+        outcome.map_err(|error| Cause::Io(Arc::new(error.into())))
     }
 
     fn tampered(&mut self, error: RecordError) -> Cause {

@@ -4,14 +4,13 @@ use std::{
     collections::VecDeque,
     sync::Arc,
     task::{Context, Poll, Waker},
-    time::Instant,
 };
 
 use bytes::{Bytes, BytesMut};
 
 use super::{
     Failure, Shared,
-    cell::Core,
+    cell::{Cell, Core},
     frame::{self, Reason},
     head::Head,
     out::Out,
@@ -49,54 +48,29 @@ impl Stream {
         Poll::Pending
     }
 
-    /// The next bytes; empty is the end.
+    /// The next bytes; empty is the end. Who asks for more has read what it was given before: the peer may send as much
+    /// again. So a reader that stalls pushes back.
     pub fn poll_data(&self, cx: &Context<'_>) -> Poll<Result<Bytes, Failure>> {
-        let mut cell = self.core.cell.lock();
-        if let Some(bytes) = cell.pop() {
-            return Poll::Ready(Ok(bytes));
+        let ((read, due), outcome) = {
+            let mut cell = self.core.cell.lock();
+            (cell.give_back(self.shared.round_trip()), poll_cell(&mut cell, cx))
+        };
+        if read > 0 {
+            let mut frames = Vec::new();
+            if let Some(increment) = due {
+                frame::window(self.core.id, increment, &mut frames);
+            }
+            self.shared.release(read, &mut frames);
+            if !frames.is_empty() {
+                self.shared.send_control(&frames);
+            }
         }
-        // Nothing waits: keep no room for it.
-        if cell.queue.capacity() > 4 {
-            cell.queue = VecDeque::new();
-        }
-        cell.tail = BytesMut::new();
-        if cell.received_all {
-            return Poll::Ready(Ok(Bytes::new()));
-        }
-        if let Some(failure) = &cell.failure {
-            return Poll::Ready(Err(failure.clone()));
-        }
-        register(&mut cell.reader, cx);
-        Poll::Pending
+        outcome
     }
 
     /// More bytes that have come already.
     pub fn more_data(&self) -> Option<Bytes> {
         self.core.cell.lock().pop()
-    }
-
-    /// `size` bytes were read: the peer may send as much again.
-    pub fn release(&self, size: usize) {
-        let round_trip = self.shared.round_trip();
-        let (size, due) = {
-            let mut cell = self.core.cell.lock();
-            let size = cell.settle(size);
-            cell.window.release(size);
-            let due = if cell.received_all || cell.failure.is_some() {
-                None
-            } else {
-                cell.window.due(Instant::now, round_trip)
-            };
-            (size, due)
-        };
-        let mut frames = Vec::new();
-        if let Some(increment) = due {
-            frame::window(self.core.id, increment, &mut frames);
-        }
-        self.shared.release(size, &mut frames);
-        if !frames.is_empty() {
-            self.shared.send_control(&frames);
-        }
     }
 
     /// Sends from the front of `data`, which is not empty; returns how much. It is on its way then.
@@ -195,21 +169,27 @@ impl Stream {
             }
             (open, cell.clear(), std::mem::take(&mut cell.parked))
         };
-        if parked {
-            self.shared.out.lock().forget(self.core.id);
-        }
         let mut frames = Vec::new();
         if open {
             self.shared.remove(self.core.id, true);
             frame::reset(self.core.id, reason, &mut frames);
-            if self.shared.is_server() {
-                self.shared.out.lock().owe();
-            }
         }
         self.shared.release(dropped, &mut frames);
-        if !frames.is_empty() {
-            self.shared.send_control(&frames);
+        if !parked && frames.is_empty() {
+            return;
         }
+        {
+            let mut out = self.shared.out.lock();
+            if parked {
+                out.forget(self.core.id);
+            }
+            if open && self.shared.is_server() {
+                out.owe();
+            }
+            // Behind the end there is nobody to tell.
+            let _ = out.control(&frames);
+        }
+        self.shared.pump();
     }
 
     /// Whether our half has ended and the peer's has not.
@@ -227,6 +207,25 @@ impl Drop for Stream {
         self.reset(reason);
         self.shared.let_go();
     }
+}
+
+fn poll_cell(cell: &mut Cell, cx: &Context<'_>) -> Poll<Result<Bytes, Failure>> {
+    if let Some(bytes) = cell.pop() {
+        return Poll::Ready(Ok(bytes));
+    }
+    // Nothing waits: keep no room for it.
+    if cell.queue.capacity() > 4 {
+        cell.queue = VecDeque::new();
+    }
+    cell.tail = BytesMut::new();
+    if cell.received_all {
+        return Poll::Ready(Ok(Bytes::new()));
+    }
+    if let Some(failure) = &cell.failure {
+        return Poll::Ready(Err(failure.clone()));
+    }
+    register(&mut cell.reader, cx);
+    Poll::Pending
 }
 
 fn register(slot: &mut Option<Waker>, cx: &Context<'_>) {

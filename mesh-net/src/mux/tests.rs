@@ -108,9 +108,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Choppy<T> {
 }
 
 async fn data(stream: &Stream) -> Result<Bytes, Failure> {
-    let bytes = std::future::poll_fn(|cx| stream.poll_data(cx)).await?;
-    stream.release(bytes.len());
-    Ok(bytes)
+    std::future::poll_fn(|cx| stream.poll_data(cx)).await
 }
 
 async fn send(stream: &Stream, mut bytes: &[u8]) -> Result<(), Failure> {
@@ -195,6 +193,15 @@ impl Raw {
         let (near, far) = duplex(1 << 20);
         let (near, far) = tls(near, far).await;
         let (handle, connection) = client(near);
+        let (raw, tasks, ended) = Self::facing(connection, far).await;
+        (raw, handle, tasks, ended)
+    }
+
+    /// A server at the `far` end of our client's `connection`.
+    async fn facing(
+        connection: Connection,
+        far: TlsStream<DuplexStream>,
+    ) -> (Self, TaskGroup, tokio::sync::oneshot::Receiver<Cause>) {
         let tasks = TaskGroup::new();
         let ended = serve(&tasks, connection, |_| async { panic!("a server opens no streams") });
         let mut raw = Self::new(far, Parser::of_client());
@@ -202,7 +209,7 @@ impl Raw {
         Settings::default().write(&mut greeting);
         raw.write(&greeting).await;
         raw.greeted().await;
-        (raw, handle, tasks, ended)
+        (raw, tasks, ended)
     }
 
     fn new(tls: TlsStream<DuplexStream>, parser: Parser) -> Self {

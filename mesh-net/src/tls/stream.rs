@@ -93,8 +93,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 Ok(Opened::Data(plain)) => {
                     self.plain = plain;
                     if self.opener.wants_key() {
-                        self.sealer.update_key(true, &mut self.outgoing)?;
-                        let _ = self.poll_drain(cx)?;
+                        self.rekey(true, cx)?;
                     }
                 }
                 Ok(Opened::Nothing) => {}
@@ -103,10 +102,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 // must not fill our memory.
                 Ok(Opened::KeyAsked) if self.rekeyed => {}
                 Ok(Opened::KeyAsked) => {
-                    self.sealer.update_key(false, &mut self.outgoing)?;
                     self.rekeyed = true;
-                    // It goes out now if it can, else with the next bytes.
-                    let _ = self.poll_drain(cx)?;
+                    self.rekey(false, cx)?;
                 }
                 Ok(Opened::Short) => {
                     if ready!(self.poll_fill(cx))? == 0 {
@@ -116,6 +113,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream<T> {
                 Err(error) => return Poll::Ready(Err(self.fail(cx, error))),
             }
         }
+    }
+
+    /// Replaces our key: because the peer asks for it, or to `ask` it for the same.
+    fn rekey(&mut self, ask: bool, cx: &mut Context<'_>) -> io::Result<()> {
+        self.sealer.update_key(ask, &mut self.outgoing)?;
+        // It goes out now if it can, else with the next bytes.
+        let _ = self.poll_drain(cx)?;
+        Ok(())
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {

@@ -19,8 +19,6 @@ use crate::{
 /// A byte stream inside a tunnel. Shutdown is a half-close; dropping it unfinished cancels the stream.
 pub struct TunnelStream {
     stream: Stream,
-    /// Handed to the reader, not yet given back to the peer's window: a reader that stalls pushes back.
-    unreleased: usize,
     leftover: Bytes,
     finished: bool,
     peer: Identity,
@@ -42,15 +40,7 @@ impl TunnelStream {
         baggage: Option<String>,
         reservation: Option<Reservation>,
     ) -> Self {
-        Self {
-            stream,
-            unreleased: 0,
-            leftover: Bytes::new(),
-            finished: false,
-            peer,
-            baggage,
-            _reservation: reservation,
-        }
+        Self { stream, leftover: Bytes::new(), finished: false, peer, baggage, _reservation: reservation }
     }
 
     /// Whom the other end proved to be.
@@ -72,17 +62,10 @@ impl TunnelStream {
         if !self.leftover.is_empty() {
             return Poll::Ready(Ok(std::mem::take(&mut self.leftover)));
         }
-        if self.unreleased > 0 {
-            self.stream.release(std::mem::take(&mut self.unreleased));
-        }
         Poll::Ready(match ready!(self.stream.poll_data(cx)) {
-            Ok(chunk) => {
-                self.unreleased = chunk.len();
-                Ok(chunk)
-            }
             // H27: a peer that has nothing more to say may say it by a reset.
             Err(Failure::Reset(Reason::NO_ERROR | Reason::CANCEL)) => Ok(Bytes::new()),
-            Err(failure) => Err(io_error(failure)),
+            other => other.map_err(io_error),
         })
     }
 
@@ -112,9 +95,7 @@ impl Endpoint for TunnelStream {
     }
 
     fn more(&mut self) -> Option<Bytes> {
-        let more = self.stream.more_data()?;
-        self.unreleased += more.len();
-        Some(more)
+        self.stream.more_data()
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, chunk: &mut Bytes) -> Poll<io::Result<()>> {

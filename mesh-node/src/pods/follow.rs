@@ -83,7 +83,7 @@ pub struct Followed {
 enum Command {
     World(Arc<Snapshot>, Vec<Arc<str>>, oneshot::Sender<Vec<Rejected>>),
     Others(Arc<Snapshot>),
-    Add(String, Sandbox, oneshot::Sender<Answer>),
+    Add(Adding),
     Check(Sandbox, oneshot::Sender<Answer>),
     Del(String, oneshot::Sender<()>),
     Keep(Vec<String>, oneshot::Sender<()>),
@@ -123,7 +123,9 @@ impl Following {
     /// It must not.
     pub async fn add(&self, container: String, sandbox: Sandbox) -> Answer {
         let (reply, answer) = oneshot::channel();
-        self.ask(Command::Add(container, sandbox, reply), answer).await.unwrap_or_else(|| Err(draining()))
+        let since = Instant::now();
+        let adding = Adding { container, sandbox, since, reply };
+        self.ask(Command::Add(adding), answer).await.unwrap_or_else(|| Err(draining()))
     }
 
     /// Is a sandbox captured, if it should be? It need not have been told of before: one may start without an agent.
@@ -199,7 +201,6 @@ struct Adding {
     container: String,
     sandbox: Sandbox,
     since: Instant,
-    until: Instant,
     reply: oneshot::Sender<Answer>,
 }
 
@@ -280,7 +281,7 @@ impl Follower {
                 self.note_namespaces(&world);
             }
             Command::Others(world) => self.note_namespaces(&world),
-            Command::Add(container, sandbox, reply) => self.add(container, sandbox, reply).await,
+            Command::Add(adding) => self.add(adding).await,
             Command::Check(sandbox, reply) => {
                 // Whoever asked may be gone, here and below.
                 let _ = reply.send(self.check(&sandbox));
@@ -353,14 +354,7 @@ impl Follower {
             *old = Arc::new(all);
         });
         for adding in std::mem::take(&mut self.adding) {
-            match self.named(&adding.sandbox) {
-                Some(pod) => {
-                    report_wait(&adding.sandbox, adding.since);
-                    let answer = self.start(&pod).await;
-                    let _ = adding.reply.send(answer);
-                }
-                None => self.adding.push(adding),
-            }
+            self.resume(adding).await;
         }
     }
 
@@ -393,7 +387,7 @@ impl Follower {
     /// Brings one pod to what it should be.
     async fn settle(&mut self, pod: &LocalPod, results: &mut Option<Results>) -> Result<Settled, String> {
         if self.is_dismissed() {
-            return Ok(Settled::Outside(DISMISSED.to_owned()));
+            return self.leave(&pod.uid, DISMISSED).await;
         }
         let table = self.pods.table();
         let held = table.serving.get(&*pod.uid).map(|pod| pod.record());
@@ -406,11 +400,7 @@ impl Follower {
                 }
                 Ok(Settled::Enrolled)
             }
-            Step::Leave => {
-                let left = self.pods.release(pod.uid.to_string(), Release::Leave).await;
-                left.map_err(|error| coded(&chain(&error), error.flag()))?;
-                Ok(Settled::Outside("released".to_owned()))
-            }
+            Step::Leave => self.leave(&pod.uid, "released").await,
             Step::Outside { why } => Ok(Settled::Outside(why)),
             Step::Unborn => Ok(Settled::Unborn),
             Step::Nowhere => {
@@ -422,6 +412,13 @@ impl Follower {
             }
             Step::NoAddress => Err(coded("its sandbox has no usable address", Flag::NetnsUnknown)),
         }
+    }
+
+    /// Lets a pod go, if it is held.
+    async fn leave(&self, uid: &str, why: &str) -> Result<Settled, String> {
+        let left = self.pods.release(uid.to_owned(), Release::Leave).await;
+        left.map_err(|error| coded(&chain(&error), error.flag()))?;
+        Ok(Settled::Outside(why.to_owned()))
     }
 
     /// Where the sandbox of a pod is: as our plugin told, as it was enrolled before, or as the runtime has it.
@@ -455,28 +452,44 @@ impl Follower {
         Ok(place)
     }
 
-    async fn add(&mut self, container: String, sandbox: Sandbox, reply: oneshot::Sender<Answer>) {
+    async fn add(&mut self, adding: Adding) {
+        let Adding { container, sandbox, .. } = &adding;
         // Noted before anything is decided: a label that comes right now finds it, whichever way this goes.
         if let Err(error) = self.sandboxes.insert(container.clone(), sandbox.clone()) {
             tracing::warn!(container, error = chain(&error), "a sandbox is not kept across a restart");
         }
         if self.is_dismissed() {
-            let _ = reply.send(Ok(Started { enrolled: false, why: Some(DISMISSED.to_owned()) }));
+            let _ = adding.reply.send(Ok(Started { enrolled: false, why: Some(DISMISSED.to_owned()) }));
             return;
         }
-        let since = Instant::now();
-        if let Some(pod) = self.named(&sandbox) {
-            report_wait(&sandbox, since);
-            let answer = self.start(&pod).await;
-            let _ = reply.send(answer);
+        self.resume(adding).await;
+    }
+
+    /// Starts the sandbox if its pod is known, else keeps it waiting.
+    async fn resume(&mut self, adding: Adding) {
+        let Some(pod) = self.named(&adding.sandbox) else {
+            self.adding.push(adding);
             return;
-        }
-        let wait = match (sandbox.exempt, self.world.is_some()) {
+        };
+        let Adding { sandbox, since, reply, .. } = adding;
+        let waited_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(
+            namespace = sandbox.namespace,
+            name = sandbox.name,
+            waited_ms,
+            "the pod of a sandbox is known"
+        );
+        let answer = self.start(&pod).await;
+        let _ = reply.send(answer);
+    }
+
+    /// How long a sandbox may wait for its pod to be told of.
+    fn patience(&self, sandbox: &Sandbox) -> Duration {
+        match (sandbox.exempt, self.world.is_some()) {
             (true, false) => Duration::ZERO,
             (true, true) => UNKNOWN_EXEMPT,
             (false, _) => UNKNOWN,
-        };
-        self.adding.push(Adding { container, sandbox, since, until: since + wait, reply });
+        }
     }
 
     /// The pod of a sandbox, if the control plane has told of it.
@@ -581,7 +594,7 @@ impl Follower {
             let _ = answering.reply.send(rejected);
         }
         for adding in std::mem::take(&mut self.adding) {
-            if now < adding.until {
+            if now < adding.since + self.patience(&adding.sandbox) {
                 self.adding.push(adding);
                 continue;
             }
@@ -623,13 +636,6 @@ fn in_the_mesh(world: &Snapshot) -> BTreeSet<Arc<str>> {
     let local = world.pods().filter(|pod| pod.wanted()).map(|pod| pod.namespace.clone());
     let elsewhere = world.workloads().filter(|workload| workload.tunnel == TunnelProtocol::Hbone);
     local.chain(elsewhere.map(|workload| workload.namespace.clone())).collect()
-}
-
-/// How long a sandbox waited for the control plane to tell of its pod.
-fn report_wait(sandbox: &Sandbox, since: Instant) {
-    let (namespace, name) = (&sandbox.namespace, &sandbox.name);
-    let waited_ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-    tracing::info!(namespace, name, waited_ms, "the pod of a sandbox is known");
 }
 
 fn followed(pod: &LocalPod, settled: &Result<Settled, String>) -> Followed {

@@ -77,10 +77,10 @@ fn one(cluster: &Cluster, round: Round, near: &str, far: &str, server: &Pod) -> 
         ensure!(seen == 0, "{seen} frames on {node} hold the marker");
     }
     arrived?;
-    if matches!(round, Round::Calm) {
-        let waited = longest_wait(cluster, near)?;
-        println!("report: a sandbox waited {waited} ms at most for the control plane to tell of its pod");
-    }
+    let (sandboxes, waited) = longest_wait(cluster)?;
+    println!(
+        "report: {round:?}: of {sandboxes} sandboxes none waited longer than {waited} ms to have its pod known"
+    );
     let fixed = ["-n", NAMESPACE, "delete", "pod", "-l", "app=sender", "--wait=true", "--timeout=60s"];
     cluster.run(&fixed).map(drop)
 }
@@ -112,7 +112,11 @@ fn recovers(cluster: &Cluster, round: Round, node: &str) -> anyhow::Result<()> {
                 Ok(false) => Ok(()),
                 other => Err(format!("{other:?}")),
             })?;
-            PLUGIN.iter().try_for_each(|file| cluster.on(node, &["test", "-e", file]).map(drop))
+            PLUGIN.iter().try_for_each(|file| cluster.on(node, &["test", "-e", file]).map(drop))?;
+            // By then, not soon after: what it says now is of the agent that began with the kubelet.
+            let said = cluster.said(node, "/healthz/ready")?;
+            ensure!(said.starts_with("ready"), "the taint went before the agent was in force: {said}");
+            Ok(())
         }
         Round::Calm | Round::AgentRestarts | Round::AgentKilled => Ok(()),
     }
@@ -131,17 +135,15 @@ fn is_tainted(cluster: &Cluster, node: &str) -> anyhow::Result<bool> {
     Ok(taints.split_whitespace().any(|key| key == TAINT))
 }
 
-/// What the agent of a node says of sandboxes of ours that waited to hear of their pod, milliseconds.
-fn longest_wait(cluster: &Cluster, node: &str) -> anyhow::Result<u64> {
-    let agent = cluster.agent(node)?;
-    let log = cluster.run(&["-n", mesh_tests::cluster::MESH_NAMESPACE, "logs", &agent.name])?;
-    let ours = format!("namespace={NAMESPACE:?}");
-    let waits = log.lines().filter(|line| line.contains("waited_ms") && line.contains(&ours));
-    let millis = waits.filter_map(|line| {
+/// Of how many sandboxes of ours the agents that run now say how long they waited for the control plane to tell of their
+/// pod, and the longest wait, milliseconds.
+fn longest_wait(cluster: &Cluster) -> anyhow::Result<(usize, u64)> {
+    let millis = |line: &String| {
         let (_, rest) = line.split_once("waited_ms=")?;
         rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
-    });
-    millis.max().with_context(|| format!("the agent of {node} says of no sandbox how long it waited"))
+    };
+    let waits: Vec<u64> = cluster.agents_say("waited_ms=", NAMESPACE)?.iter().filter_map(millis).collect();
+    Ok((waits.len(), waits.into_iter().max().unwrap_or_default()))
 }
 
 /// Each sender has had an answer: what was not seen was sent all the same.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::{
-    cluster::{Cluster, MESH_NAMESPACE, Pod},
+    cluster::{Cluster, Pod},
     wait,
     wire::Frames,
 };
@@ -124,15 +124,9 @@ pub fn enrol(cluster: &Cluster) -> anyhow::Result<()> {
 /// When the agents say that they enrolled the last pod of a namespace. Nodes of ours have one clock.
 fn last_enrolled(cluster: &Cluster, namespace: &str) -> anyhow::Result<OffsetDateTime> {
     let mut times = Vec::new();
-    for node in cluster.nodes()? {
-        let log = cluster.run(&["-n", MESH_NAMESPACE, "logs", &cluster.agent(&node)?.name])?;
-        let of_namespace = format!("namespace={namespace:?}");
-        let enrolled =
-            log.lines().filter(|line| line.contains("pod enrolled") && line.contains(&of_namespace));
-        for line in enrolled {
-            let time = line.split('\t').next().unwrap_or_default();
-            times.push(OffsetDateTime::parse(time, &Rfc3339).with_context(|| line.to_owned())?);
-        }
+    for line in cluster.agents_say("pod enrolled", namespace)? {
+        let time = line.split('\t').next().unwrap_or_default();
+        times.push(OffsetDateTime::parse(time, &Rfc3339).with_context(|| line.clone())?);
     }
     times.into_iter().max().context("no agent enrolled a pod")
 }

@@ -258,6 +258,11 @@ impl Bed {
     }
 
     pub fn agent(&mut self) {
+        self.agent_with(&[]);
+    }
+
+    /// The agent with further flags.
+    pub fn agent_with(&mut self, flags: &[&str]) {
         let at = |name: &str| self.at(name).display().to_string();
         let arguments = [
             "run".to_owned(),
@@ -275,7 +280,8 @@ impl Bed {
             "--enrol-from=feed".to_owned(),
             format!("--bpffs={}", self.bpffs().display()),
         ];
-        self.start("mesh-node", &arguments);
+        let flags = flags.iter().map(|flag| (*flag).to_owned());
+        self.start("mesh-node", &arguments.into_iter().chain(flags).collect::<Vec<_>>());
     }
 
     /// Agents of all tests are of node `n1`: each has a folder of bpffs of its own. As on Kubernetes, the agent may not

@@ -60,6 +60,33 @@ fn a_pod_starts_when_it_is_captured_and_not_before_it_is_known() {
     assert_eq!(bed.captured(&sandbox), Ok(false));
 }
 
+/// While the agent is down, the plugin starts pods of namespaces that it says are not in the mesh: it must know of those
+/// whose pods are all on other nodes.
+#[test]
+fn namespaces_of_other_nodes_are_known_to_the_plugin() {
+    let mut bed = Bed::new();
+    bed.primary();
+    bed.control();
+    bed.agent_with(&["--cni-when-down=refuse-known"]);
+    bed.until_ready();
+    let known = || fs::read_to_string(bed.at("state").join("namespaces.json")).unwrap_or_default();
+    until("the file of namespaces", || if known().starts_with('[') { Ok(()) } else { Err(known()) });
+    assert!(!known().contains("elsewhere"));
+    bed.write(
+        "elsewhere.yaml",
+        "apiVersion: v1\nkind: Namespace\n\
+         metadata: {name: elsewhere, labels: {istio.io/dataplane-mode: ambient}}\n---\n\
+         apiVersion: v1\nkind: Node\nmetadata: {name: n2}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: elsewhere, uid: uid-elsewhere}\n\
+         spec: {nodeName: n2, serviceAccountName: p, containers: [{name: c, image: c}]}\n\
+         status: {phase: Running, podIPs: [{ip: 10.45.1.9}]}\n",
+    );
+    until("the other namespace to be known", || match known().contains("\"elsewhere\"") {
+        true => Ok(()),
+        false => Err(known()),
+    });
+}
+
 #[test]
 fn the_label_of_a_running_pod_takes_effect_and_is_taken_back() {
     let mut bed = Bed::new();

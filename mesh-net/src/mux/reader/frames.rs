@@ -164,7 +164,6 @@ impl Reader {
         let list = usize::try_from(HEADER_LIST_BYTES).unwrap_or(usize::MAX);
         // Read whatever becomes of it: the next ones depend on it.
         let block = head::read(&mut self.decoder, block, list).map_err(broken)?;
-        self.shared.out.lock().is_read()?;
         let found = {
             let mut table = self.shared.table.lock();
             match table.find(stream) {
@@ -193,6 +192,7 @@ impl Reader {
 
     /// A stream that the peer opens.
     fn request(&mut self, stream: u32, block: Block, end: bool) -> Result<Option<Request>, Broken> {
+        self.shared.out.lock().is_read()?;
         let head = match block {
             Block::Head(head) if head.is_request() => head,
             Block::TooLong => {

@@ -93,7 +93,6 @@ async fn a_reader_that_stalls_holds_up_its_own_stream_only() {
         if first[0] == b's' {
             return std::future::pending().await;
         }
-        stream.release(first.len());
         while data(&stream).await.is_ok_and(|bytes| !bytes.is_empty()) {}
         let _ = stream.finish();
     })
@@ -196,9 +195,8 @@ async fn a_stream_dropped_with_bytes_in_hand_gives_them_back() {
             stream.answer(&[0x88], false).unwrap();
             let mut left = 100_000;
             while left > 0 {
-                left -= std::future::poll_fn(|cx| stream.poll_data(cx)).await.unwrap().len();
+                left -= data(&stream).await.unwrap().len();
             }
-            stream.release(30_000);
             drop(stream);
             sender.send(()).await.unwrap();
         }
@@ -253,13 +251,7 @@ async fn an_answer_that_was_guessed_is_none() {
     let (near, far) = tls(near, far).await;
     let (_handle, connection) = client(near);
     let mut pings = connection.pings();
-    let tasks = TaskGroup::new();
-    let _ended = serve(&tasks, connection, |_| async { unreachable!() });
-    let mut raw = Raw::new(far, Parser::of_client());
-    let mut greeting = Vec::new();
-    Settings::default().write(&mut greeting);
-    raw.write(&greeting).await;
-    raw.greeted().await;
+    let (mut raw, _tasks, _ended) = Raw::facing(connection, far).await;
     let mut ping = Box::pin(pings.ping());
     assert!(std::future::poll_fn(|cx| Poll::Ready(ping.as_mut().poll(cx).is_pending())).await);
     let Frame::Ping(asked) = raw.until(|frame| matches!(frame, Frame::Ping(_))).await else { unreachable!() };
